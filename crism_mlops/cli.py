@@ -1,0 +1,387 @@
+"""crism-mlops: a command parses, calls one function, prints.
+
+Everything heavy is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from crism_mlops.errors import CrismError
+
+app = typer.Typer(
+    help="Experiment tracking and hyperparameter sweeps for predicting CRISM mineralogy from CaSSIS-like bands.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look at scenes and observations.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow store or server; default MLFLOW_TRACKING_URI or sqlite:///mlruns/mlflow.db",
+        show_default=False,
+    ),
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", help="Optuna's store; default sqlite:///mlruns/optuna.db", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, logs on standard error")]
+Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
+DEFAULT_EXPERIMENT = "crism"
+
+
+@app.callback()
+def setup(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    """Options before the command."""
+    if version:
+        from crism_mlops import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.captureWarnings(True)
+    if not debug:
+        # Progress bars and advice of libraries: nothing that a user of this tool could act on.
+        for name in ("diffusers", "transformers", "huggingface_hub", "py.warnings", "accelerate", "alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        for key in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+            os.environ.setdefault(key, "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="the study's YAML file")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override any key")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="total of finished and pruned trials")] = None,
+    new_study: Annotated[str | None, typer.Option("--new-study", metavar="NAME", help="another name")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
+    tracking_uri: TrackingUri = None,
+    storage: Storage = None,
+) -> None:
+    """Run a study, or continue it where it stands.
+
+    Example: crism-mlops sweep sweeps/quickstart-unet.yaml --set train.epochs=5
+    """
+    from crism_mlops.config import load_sweep
+
+    overrides = list(set_ or [])
+    overrides += [f"trials={trials}"] if trials is not None else []
+    overrides += [f"study={new_study}"] if new_study is not None else []
+    config = load_sweep(file, tuple(overrides))
+    if dry_run:
+        _print_dry_run(config)
+        return
+    from crism_mlops.scenes.sources import load_scenes
+    from crism_mlops.tracking import Tracker
+
+    tracker = Tracker(tracking_uri, config.experiment)
+    progress = Progress()
+    scenes = load_scenes(config.data, progress.scenes)
+    progress.say(f"{config.study}: {len(scenes)} scenes; tracking in {tracker.uri}")
+    from crism_mlops.studies.study import run_study
+
+    summary = run_study(config, scenes, tracker, storage, progress.listener())
+    best = "" if summary.best_value is None else f"; best: trial {summary.best_number}, "
+    best += "" if summary.best_value is None else f"{config.objective.metric} {summary.best_value:.4g}"
+    progress.say(
+        f"{config.study}: {summary.complete} finished, {summary.pruned} pruned of {config.trials} "
+        f"({summary.failed} failed, {summary.interrupted} interrupted){best}"
+    )
+
+
+def _print_dry_run(config: Any) -> None:
+    import yaml
+
+    from crism_mlops.studies.search_space import describe
+
+    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
+    typer.echo(f"\n# search space, {config.trials} trials in all, {config.objective.direction} {config.objective.metric}")
+    for line in describe(config) or ["(nothing is searched)"]:
+        typer.echo(f"#   {line}")
+
+
+@app.command()
+def status(
+    study: Annotated[str | None, typer.Argument(help="a study; without it, all of the experiment")] = None,
+    experiment: Experiment = DEFAULT_EXPERIMENT,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trials, states, scores and floors of a study.
+
+    Example: crism-mlops status quickstart-ip2p --experiment crism-quickstart
+    """
+    from crism_mlops.errors import StudyError
+    from crism_mlops.reports.tables import against_floors, headline, status_tables, study_names, study_status
+    from crism_mlops.tracking import Tracker
+
+    tracker = Tracker(tracking_uri, experiment, create=False)
+    names = study_names(tracker)
+    if study is not None and study not in names:
+        raise StudyError(f"no study {study!r} in experiment {experiment!r}; it holds {', '.join(names) or 'none'}")
+    statuses = [study_status(tracker, name) for name in ([study] if study else names)]
+    if as_json:
+        _print_json(statuses[0] if study else {"experiment": experiment, "studies": statuses})
+        return
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in status_tables(statuses):
+        console.print(table)
+    for one in statuses:
+        console.print(headline(one), highlight=False, soft_wrap=True)
+        for line in against_floors(one):
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
+    where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
+    console.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def promote(
+    study: Annotated[str | None, typer.Argument(help="a study; without it, all of the experiment")] = None,
+    experiment: Experiment = DEFAULT_EXPERIMENT,
+    variant: Annotated[
+        str | None, typer.Option(help="promote this input variant; rect goes under a name of its own")
+    ] = None,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register the best InstructPix2Pix model and give it the alias champion.
+
+    Example: crism-mlops promote --experiment crism-quickstart
+    """
+    from crism_mlops.registry.promote import CHAMPION
+    from crism_mlops.registry.promote import promote as promote_best
+    from crism_mlops.tracking import Tracker
+
+    tracker = Tracker(tracking_uri, experiment, create=False)
+    done = promote_best(tracker, study, variant)
+    decision = done.decision
+    if as_json:
+        _print_json(
+            {
+                "name": done.name, "version": done.version, "alias": CHAMPION, "changed": decision.accepted,
+                "run": decision.candidate.name, "run_id": decision.candidate.run_id, "objective": decision.objective,
+                "value": decision.value, "reason": decision.reason,
+            }
+        )  # fmt: skip
+        return
+    what = "promoted" if decision.accepted else "unchanged"
+    typer.echo(f"{what}: {done.name} version {done.version} is {CHAMPION}: {decision.candidate.name}; {decision.reason}")
+    typer.echo(f"serve it: mlflow models serve -m models:/{done.name}@{CHAMPION} --env-manager local --port 5001")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Open MLflow's UI over the store that sweeps write to.
+
+    Example: crism-mlops ui --port 5000
+    """
+    from crism_mlops.errors import TrackingError
+    from crism_mlops.tracking import DEFAULT_ROOT, default_tracking_uri
+
+    uri = tracking_uri or default_tracking_uri()
+    if uri.startswith(("http://", "https://")):
+        typer.echo(f"the tracking store is a server with a UI of its own: {uri}")
+        return
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise TrackingError(f"{uri}: no such store yet; run a sweep first, e.g. sweeps/quickstart-unet.yaml")
+    typer.echo(f"MLflow UI over {uri}: http://{host}:{port} (Ctrl-C stops it)")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+    command += ["--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
+    # The server starts helpers by name: the environment's own commands must be found.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.execve(sys.executable, command, {**os.environ, "PATH": path})
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or models:/NAME@champion")],
+    file: Annotated[Path, typer.Argument(help="a sweep's YAML file: the scenes to score on")],
+    split: Annotated[str, typer.Option(help="validation, test or test_balanced")] = "test_balanced",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override any key")] = None,
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a checkpoint on a sweep's scenes, in both protocols.
+
+    Example: crism-mlops evaluate models:/crism-instruct-pix2pix@champion sweeps/quickstart-ip2p.yaml
+    """
+    from crism_mlops.config import load_sweep
+    from crism_mlops.scenes.sources import load_scenes
+    from crism_mlops.studies.run import evaluate_checkpoint
+
+    config = load_sweep(file, tuple(set_ or []))
+    folder = Path(checkpoint).expanduser()
+    if checkpoint.startswith("models:/"):
+        from crism_mlops.tracking import Tracker
+
+        folder = Tracker(tracking_uri, config.experiment).checkpoint(checkpoint)
+    progress = Progress()
+    result = evaluate_checkpoint(folder, config, load_scenes(config.data, progress.scenes), split)
+    if as_json:
+        _print_json(result)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{checkpoint}: {result['scenes']} scenes, split {split}", title_justify="left")
+    table.add_column("protocol")
+    names = list(result["scores"]["valid"])
+    for name in names:
+        table.add_column(name, justify="right")
+    for protocol, scores in result["scores"].items():
+        table.add_row(protocol, *(f"{scores[n]:.4f}" for n in names))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@data_app.command("inspect")
+def inspect_(
+    path: Annotated[Path, typer.Argument(help="an observation folder, or a folder of them, or of image pairs")],
+    as_json: AsJson = False,
+) -> None:
+    """What an observation or a folder holds, as a table.
+
+    Example: crism-mlops data inspect ../shared/data/scene_pairs
+    """
+    from crism_mlops.scenes.inspect import inspect_path
+
+    rows = inspect_path(path)
+    if as_json:
+        _print_json({"path": str(path), "observations": rows})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{path}: {len(rows)} observations", title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_json(content: Any) -> None:
+    """JSON has no NaN: an undefined figure is null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and value != value else value
+
+    typer.echo(json.dumps(clean(content), indent=2, allow_nan=False))
+
+
+class Progress:
+    """What a sweep does, on standard error: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.started = time.monotonic()
+        self._last = 0.0
+        self._live = False
+
+    def say(self, words: str) -> None:
+        """A line that stays."""
+        clock = time.monotonic() - self.started
+        typer.echo(f"{self._clear()}[{clock:6.1f} s] {words}", err=True)
+
+    def _clear(self) -> str:
+        live, self._live = self._live, False
+        return "\r\x1b[K" if live else ""
+
+    def live(self, words: str) -> None:
+        """A line that the next one overwrites; on a terminal only, at most ten a second."""
+        now = time.monotonic()
+        if self.terminal and now - self._last > 0.1:
+            self._last = now
+            self._live = True
+            typer.echo(f"\r\x1b[K{words}", nl=False, err=True)
+
+    def scenes(self, done: int, total: int) -> None:
+        self.live(f"reading scenes: {done} of {total}")
+        if done == total:
+            self._live = self._live or self.terminal
+
+    def listener(self) -> Any:
+        """Callbacks for `run_study`."""
+        from crism_mlops.studies.run import Hooks
+        from crism_mlops.studies.study import Listener
+
+        current = {"trial": ""}
+
+        def trial(number: int, total: int, choices: Mapping[str, Any]) -> None:
+            current["trial"] = f"trial {number}"
+            shown = ", ".join(
+                f"{k.split('.')[-1]}={v:.3g}" if isinstance(v, float) else f"{k.split('.')[-1]}={v}"
+                for k, v in choices.items()
+            )
+            self.say(f"trial {number} ({total} in all): {shown}")
+
+        def ended(number: int, state: str, value: float | None, why: str) -> None:
+            figure = "" if value is None else f", objective {value:.4g}"
+            self.say(f"trial {number} {state.lower()}{figure}{': ' + why if why else ''}")
+
+        return Listener(
+            trial=trial,
+            ended=ended,
+            floors=lambda variant, normalization: self.say(f"floors for {variant}, {normalization}"),
+            hooks=Hooks(
+                step=lambda step, total, loss: self.live(f"{current['trial']}: step {step} of {total}, loss {loss:.4f}"),
+                report=lambda epoch, figures: self.live(
+                    f"{current['trial']}: epoch {epoch}, val/rmse {figures['val/rmse']:.2f}"
+                ),
+                phase=lambda words: self.live(f"{current['trial']}: {words}"),
+            ),
+        )
+
+
+def main() -> None:
+    """The console script: a CrismError is one line and exit code 1; Ctrl-C is 130."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except CrismError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except OSError as error:
+        # A full disk, a folder without permission: nothing of ours, still a line.
+        if debug:
+            raise
+        typer.echo(f"error: {error}; free space or check permissions, then run the same command again", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

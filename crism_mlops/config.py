@@ -1,0 +1,444 @@
+"""The sweep file as data: frozen, nothing unknown allowed, torch-free.
+
+A `SweepConfig` is the whole YAML file. `SweepConfig.run_config(choices)` fixes the searched keys
+and gives the `RunConfig` of one trial. A stage gets only its own section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from crism_mlops.errors import ConfigError
+
+Variant = Literal["pnr", "bpn", "pca", "rect", "cassis4"]
+Normalization = Literal["physical", "percentile", "minmax"]
+PROMPT_FIELDS = ("longitude", "latitude", "location")
+ViewName = Literal["whole", "vflip", "quarters", "rotations"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class SimulatedConfig(Section):
+    """Simulated observations: how many, how large (pixels a side), from which seed."""
+
+    scenes: int = Field(60, ge=3, le=100_000)
+    size: int = Field(64, ge=32, le=2048)
+    seed: int = Field(1, ge=0, lt=30_000, description="30 000 and above pretrained the tiny model")
+
+
+class CarbonateConfig(Section):
+    """When a pixel and when a scene bears carbonate (fractions of the valid pixels)."""
+
+    minimum_depth: float = Field(
+        0.010, gt=0.0, lt=1.0, description="MIN2295_2480 or MIN2345_2537 exceeds this"
+    )
+    supporting_depth: float = Field(0.010, ge=0.0, lt=1.0, description="and D2300 or BD2500_2 exceeds this")
+    bearing_fraction: float = Field(
+        0.03, gt=0.0, lt=1.0, description="at least this share: carbonate-bearing"
+    )
+    barren_fraction: float = Field(
+        0.01, gt=0.0, lt=1.0, description="below this share: barren; between: unknown"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CarbonateConfig:
+        if self.barren_fraction > self.bearing_fraction:
+            raise ValueError("barren_fraction exceeds bearing_fraction; a scene would be both")
+        return self
+
+
+class DataConfig(Section):
+    """Where scenes come from and what becomes of them."""
+
+    source: Literal["mtrdr", "pairs", "simulated"]
+    path: str | None = Field(None, description="folder of observations (mtrdr) or of pairs")
+    cache: str = Field("mlruns/cache", description="where simulated observations are written")
+    simulated: SimulatedConfig = SimulatedConfig()
+    carbonate: CarbonateConfig = CarbonateConfig()
+    target: Literal["fal", "car", "cr2"] = "fal"
+    target_normalization: Literal["physical", "minmax"] = "physical"
+    variant: Variant = "pnr"
+    normalization: Normalization = "physical"
+    resolution: int = Field(
+        512, ge=32, le=2048, multiple_of=32, description="pixels a side that a model sees"
+    )
+    views: tuple[ViewName, ...] = ("whole", "vflip", "quarters", "rotations")
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataConfig:
+        if self.source == "pairs":
+            if self.variant != "pnr":
+                raise ValueError(
+                    f"variant {self.variant} cannot be made from pairs: they hold PAN, NIR and RED only; "
+                    "use variant pnr, or MTRDR scenes"
+                )
+            if "minmax" not in (self.normalization,) or self.target_normalization != "minmax":
+                raise ValueError(
+                    "pairs are already stretched image by image; set data.normalization and "
+                    "data.target_normalization to minmax"
+                )
+        if not self.views:
+            raise ValueError("views is empty; use at least [whole]")
+        return self
+
+
+class SplitConfig(Section):
+    """Shares of observations; the rest trains. Splits never cut an observation in two."""
+
+    by: Literal["observation"] = "observation"
+    validation: float = Field(0.15, gt=0.0, lt=1.0)
+    test: float = Field(0.25, gt=0.0, lt=1.0)
+    seed: int = Field(0, ge=0)
+    balanced_minimum: int = Field(1, ge=1, description="fewest scenes of each kind in the balanced test set")
+
+    @model_validator(mode="after")
+    def _something_left(self) -> SplitConfig:
+        if self.validation + self.test >= 1.0:
+            raise ValueError(f"validation {self.validation} + test {self.test} leaves nothing to train on")
+        return self
+
+
+class UNetModel(Section):
+    """U-Net baseline (segmentation_models_pytorch)."""
+
+    kind: Literal["unet"]
+    architecture: str = "Unet"
+    encoder: str = "resnet34"
+    encoder_weights: str | None = Field("imagenet", description="imagenet, or null to train from scratch")
+
+
+class ScratchUNet(Section):
+    """A denoising U-Net trained from scratch instead of the pretrained one."""
+
+    block_channels: tuple[int, ...] = (64, 128, 192)
+    layers_per_block: int = Field(1, ge=1, le=4)
+    attention_head_dim: int = Field(32, ge=4)
+
+
+class InstructPix2PixModel(Section):
+    """Fine-tuned InstructPix2Pix (diffusers)."""
+
+    kind: Literal["instruct_pix2pix"]
+    pretrained: str = Field(
+        "timbrooks/instruct-pix2pix", description="hub name, folder in diffusers layout, or tiny (shipped)"
+    )
+    vae: str | None = Field(None, description="folder of another autoencoder (needs scratch_unet)")
+    scratch_unet: ScratchUNet | None = None
+    prompt: str = Field("Predict carbonates", min_length=1)
+    text_encoder: Literal["frozen", "trained"] = "frozen"
+    conditioning_dropout: float = Field(0.05, ge=0.0, le=0.33)
+    steps: int = Field(20, ge=1, le=1000, description="denoising steps")
+    image_guidance: float = Field(1.5, ge=0.0)
+    text_guidance: float = Field(7.5, ge=0.0)
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_fields(cls, prompt: str) -> str:
+        unknown = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None} - set(
+            PROMPT_FIELDS
+        )
+        if unknown:
+            raise ValueError(
+                f"no such field {sorted(unknown)}; a prompt may use {{longitude}}, {{latitude}}, {{location}}"
+            )
+        return prompt
+
+    @model_validator(mode="after")
+    def _vae_needs_unet(self) -> InstructPix2PixModel:
+        if self.vae is not None and self.scratch_unet is None:
+            raise ValueError("another autoencoder has another latent space: set model.scratch_unet as well")
+        return self
+
+
+Model = Annotated[UNetModel | InstructPix2PixModel, Field(discriminator="kind")]
+
+
+class TrainConfig(Section):
+    """The loop: Adam, batches of views, best validation epoch kept."""
+
+    learning_rate: float = Field(1e-4, gt=0.0, le=1.0)
+    batch_size: int = Field(8, ge=1)
+    epochs: int = Field(50, ge=1)
+    weight_decay: float = Field(0.0, ge=0.0)
+    warmup_steps: int = Field(0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0.0)
+    balance: Literal["none", "undersample", "weighted"] = "none"
+    validate_every: int = Field(1, ge=1, description="epochs between validations")
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+
+class EvaluateConfig(Section):
+    """How predictions are made for scoring."""
+
+    chunk: int = Field(8, ge=1, description="images a forward pass, padded to this size: same bits anywhere")
+    seed: int = Field(0, ge=0, description="noise seed of diffusion sampling, combined with the scene's id")
+    validation_scenes: int | None = Field(8, ge=1, description="scenes scored at each epoch; null is all")
+    panel_scenes: int = Field(3, ge=1, le=12)
+
+
+class RunConfig(Section):
+    """All that one trial depends on."""
+
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    data: DataConfig
+    split: SplitConfig = SplitConfig()
+    model: Model
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _channels(self) -> RunConfig:
+        if self.model.kind == "instruct_pix2pix" and self.data.variant == "cassis4":
+            raise ValueError("variant cassis4 has four channels; InstructPix2Pix's autoencoder takes three")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that can change the result (the device and the cache cannot)."""
+        content = self.model_dump(mode="json", exclude={"device": True, "data": {"cache"}})
+        return digest_of(content)
+
+
+class Choice(Section):
+    choice: tuple[Any, ...] = Field(min_length=1)
+
+
+class Uniform(Section):
+    uniform: tuple[float, float]
+
+
+class LogUniform(Section):
+    loguniform: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _positive(self) -> LogUniform:
+        if not 0.0 < self.loguniform[0] <= self.loguniform[1]:
+            raise ValueError("loguniform needs 0 < low <= high")
+        return self
+
+
+class Integer(Section):
+    int: tuple[int, int] | tuple[int, int, int]
+
+
+Dimension = Choice | Uniform | LogUniform | Integer
+
+
+class Objective(Section):
+    """What the search minimises or maximises: a figure on the validation scenes."""
+
+    metric: Literal["val/rmse", "val/pcc", "val/cosine", "val/ssim", "val/lpips"] = "val/rmse"
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        return "minimize" if self.metric in ("val/rmse", "val/lpips") else "maximize"
+
+
+class SamplerConfig(Section):
+    kind: Literal["tpe", "random"] = "tpe"
+    startup_trials: int = Field(10, ge=1)
+
+
+class PrunerConfig(Section):
+    kind: Literal["median", "none"] = "none"
+    startup_trials: int = Field(5, ge=0)
+    warmup_epochs: int = Field(0, ge=0)
+
+
+# The sweep must not let the search change what is compared, or on what.
+_FIXED = (
+    "seed", "device", "data.source", "data.path", "data.cache", "data.simulated", "data.carbonate", "data.target",
+    "data.target_normalization", "split", "evaluate", "model.kind",
+)  # fmt: skip
+
+
+class SweepConfig(RunConfig):
+    """One study: a run's configuration, what of it is searched, and for how many trials."""
+
+    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. /-]{0,199}$")
+    trials: int = Field(20, ge=1, description="total of finished and pruned trials, over all calls")
+    max_failures: int = Field(3, ge=1, description="failed trials in one call after which it stops")
+    objective: Objective = Objective()
+    sampler: SamplerConfig = SamplerConfig()
+    pruner: PrunerConfig = PrunerConfig()
+    search: dict[str, Dimension] = Field(default_factory=dict)
+
+    def run_config(self, choices: Mapping[str, Any]) -> RunConfig:
+        """The configuration of one trial. Raises ConfigError if a choice does not fit the model."""
+        content = {name: getattr(self, name) for name in RunConfig.model_fields}
+        content = json.loads(RunConfig.model_construct(**content).model_dump_json())
+        for key, value in choices.items():
+            _set_dotted(content, key, value)
+        try:
+            return RunConfig.model_validate(content)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, RunConfig, "search")) from error
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> SweepConfig:
+        known = set(dotted_keys(RunConfig, {"model": type(self.model)}))
+        for key, dimension in self.search.items():
+            if key not in known:
+                raise ValueError(f"search.{key}: no such key for {self.model.kind}{_nearest(key, known)}")
+            if any(key == fixed or key.startswith(fixed + ".") for fixed in _FIXED):
+                raise ValueError(
+                    f"search.{key}: it decides what is compared, so it is fixed for a study; "
+                    "make a study for each value instead"
+                )
+            for value in extremes(dimension):
+                self.run_config({key: value})
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a study's trials share: flat, JSON-able; two calls that differ in it don't mix."""
+        content = self.model_dump(
+            mode="json",
+            exclude={
+                "trials": True, "max_failures": True, "study": True, "experiment": True, "device": True,
+                "data": {"cache"}, "sampler": True, "pruner": True, "search": True,
+            },
+        )  # fmt: skip
+        flat = dict(_flatten(content))
+        for key in self.search:
+            # The default of a searched key plays no part.
+            for other in [k for k in flat if k == key or k.startswith(key + ".")]:
+                del flat[other]
+        for key, dimension in sorted(self.search.items()):
+            flat[f"search.{key}"] = dimension.model_dump(mode="json")
+        return flat
+
+
+def extremes(dimension: Dimension) -> tuple[Any, ...]:
+    """Values of a dimension that must all be legal: every choice, or both ends."""
+    if isinstance(dimension, Choice):
+        return dimension.choice
+    if isinstance(dimension, Uniform):
+        return dimension.uniform
+    if isinstance(dimension, LogUniform):
+        return dimension.loguniform
+    return dimension.int[:2]
+
+
+def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> SweepConfig:
+    """Read a sweep file (YAML, safe-loaded) and apply `key=value` overrides (values in YAML).
+
+    Raises ConfigError naming file, key, what was found and the nearest known key.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a sweep file such as "
+                          "sweeps/quickstart-unet.yaml") from error  # fmt: skip
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: expected keys such as study, experiment, data, model; found {type(content).__name__}"
+        )
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: expected key=value, e.g. --set train.epochs=3")
+        try:
+            _set_dotted(content, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not YAML") from error
+    try:
+        return SweepConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, SweepConfig, str(path))) from error
+
+
+def digest_of(content: Any) -> str:
+    """16 hex digits over JSON content, independent of key order."""
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def dotted_keys(
+    section: type[BaseModel], chosen: Mapping[str, type[BaseModel]] | None = None
+) -> Iterator[str]:
+    """Every key below a section, dotted; `chosen` names the model class of a union field."""
+    for name, field in section.model_fields.items():
+        yield name
+        for inner in _sections_in(field.annotation):
+            if chosen is not None and name in chosen and inner is not chosen[name]:
+                continue
+            for key in dotted_keys(inner):
+                yield f"{name}.{key}"
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
+        for part in get_args(annotation):
+            yield from _sections_in(part)
+
+
+def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    # The search block's own keys hold dots: search.train.learning_rate is one key of `search`.
+    if parents and parents[0] == "search":
+        parents, last = ["search"], key.removeprefix("search.")
+    place = content
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {parent} is {inner!r}, not a section")
+        place = inner
+    place[last] = value
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in sorted(known, reverse=True)}
+    match = difflib.get_close_matches(key, known, 1, 0.6) or [
+        by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)
+    ]
+    return f"; did you mean {match[0]}?" if match else f"; known keys: {', '.join(sorted(known)[:40])}"
+
+
+def _explain(error: ValidationError, section: type[BaseModel], where: str) -> str:
+    """One line of the first problem; the count of the others."""
+    problems = error.errors()
+    first = problems[0]
+    tags = {"unet", "instruct_pix2pix", "Choice", "Uniform", "LogUniform", "Integer"}
+    location = ".".join(str(part) for part in first["loc"] if part not in tags) or "(file)"
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {location}{_nearest(location, set(dotted_keys(section)))}"
+    elif first["type"] == "missing":
+        message = f"{location} is missing; add it"
+    else:
+        found = first.get("input")
+        shown = "" if isinstance(found, (dict, BaseModel)) or location == "(file)" else f" (found {found!r})"
+        message = f"{location}: {first['msg'].removeprefix('Value error, ')}{shown}".replace("(file): ", "")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {message}{more}"

@@ -1,0 +1,50 @@
+"""One exception tree. The CLI catches CrismError and nothing else.
+
+A message is one line: what was found, what was expected, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class CrismError(Exception):
+    """Anything that a user can put right; printed as one line, exit code 1."""
+
+
+class ConfigError(CrismError):
+    """A sweep file or a `--set` that cannot be used as written."""
+
+
+class ProductError(CrismError):
+    """A file of the archive that cannot be read as what it claims to be."""
+
+
+class SceneError(CrismError):
+    """An observation that cannot become a scene (a product or a band is missing)."""
+
+
+class DatasetError(CrismError):
+    """Scenes that cannot become a data set (an empty split, too few carbonate scenes)."""
+
+
+class ModelError(CrismError):
+    """Weights that cannot be had or loaded, or a model that does not fit the data."""
+
+
+class TrainingError(CrismError):
+    """Training that cannot go on (a non-finite loss)."""
+
+
+class EvaluationError(CrismError):
+    """Images that cannot be scored."""
+
+
+class TrackingError(CrismError):
+    """The MLflow server or store cannot be used."""
+
+
+class StudyError(CrismError):
+    """A study that cannot be continued as asked."""
+
+
+class PromotionError(CrismError):
+    """No run can be promoted as asked."""

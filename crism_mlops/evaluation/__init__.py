@@ -1,0 +1,1 @@
+"""Scores, panels and the prediction path they share."""

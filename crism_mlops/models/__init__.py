@@ -1,0 +1,1 @@
+"""Models, floors and their checkpoints."""

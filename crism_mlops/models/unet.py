@@ -1,0 +1,100 @@
+"""U-Net baseline on segmentation_models_pytorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crism_mlops.config import UNetModel
+from crism_mlops.dataset.manifest import Sample
+from crism_mlops.errors import ModelError
+from crism_mlops.models.latents import LatentCache, Tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UNet:
+    """Image to image regression; the loss counts pixels that show data."""
+
+    def __init__(self, module: Any, config: UNetModel, device: str = "cpu") -> None:
+        self.module = module.to(device)
+        self.config = config
+        self.device = device
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """What is trained."""
+        return [self.module]
+
+    def prepare(self, samples: Sequence[Sample], cache: LatentCache | None = None, key: str = "") -> Tensors:
+        """input N x C x R x R, target N x 3 x R x R, weight N x 1 x R x R (1 where there is data)."""
+        import torch
+
+        return {
+            "input": torch.stack([s.input for s in samples]),
+            "target": torch.stack([s.target for s in samples]),
+            "weight": torch.stack([s.valid for s in samples]).float()[:, None],
+        }
+
+    def loss(self, batch: Tensors, generator: torch.Generator) -> torch.Tensor:
+        """Mean squared error over the pixels that show data; a scalar, in units of the image's [-1, 1]."""
+        output = self.module(batch["input"])
+        weight = batch["weight"]
+        error = (output.float() - batch["target"]) ** 2 * weight
+        return error.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
+
+    def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        """N x C x R x R in [-1, 1] -> N x 3 x R x R in [-1, 1], on the CPU; prompts and seeds play no part."""
+        import torch
+
+        with torch.inference_mode():
+            return self.module(images.to(self.device)).clamp(-1.0, 1.0).float().cpu()  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """config.json and model.safetensors, as smp.from_pretrained reads them."""
+        self.module.save_pretrained(folder)
+
+
+def build(config: UNetModel, channels: int, seed: int, device: str = "cpu") -> UNet:
+    """The model that a trial starts from. Raises ModelError where weights cannot be had."""
+    import segmentation_models_pytorch as smp
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            module = smp.create_model(
+                config.architecture,
+                encoder_name=config.encoder,
+                encoder_weights=config.encoder_weights,
+                in_channels=channels,
+                classes=3,
+            )
+        except KeyError as error:
+            raise ModelError(
+                f"model.architecture {config.architecture!r} with model.encoder {config.encoder!r} and weights "
+                f"{config.encoder_weights!r}: {' '.join(str(error).split())[:200]}"
+            ) from error
+        except Exception as error:
+            # The hub's client raises a dozen kinds of error (httpx's, its own, OSError) for "not reached".
+            if config.encoder_weights is None:
+                raise
+            raise ModelError(
+                f"model.encoder_weights: {config.encoder_weights!r} for {config.encoder} cannot be downloaded "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); put them into the hub's cache "
+                "(HF_HOME), or train from scratch with --set model.encoder_weights=null"
+            ) from error
+    return UNet(module, config, device)
+
+
+def load(folder: Path, config: UNetModel, device: str = "cpu") -> UNet:
+    """A model from a checkpoint folder."""
+    import segmentation_models_pytorch as smp
+
+    try:
+        module = smp.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: not a saved U-Net ({' '.join(str(error).split())[:120]})") from error
+    return UNet(module, config, device)

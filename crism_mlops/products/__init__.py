@@ -1,0 +1,1 @@
+"""Files as the archive publishes them."""

@@ -1,0 +1,268 @@
+"""ENVI header + image -> Product: a lazy view of the bands asked for.
+
+Names and formats: CRISM Data Product Software Interface Specification (MTRDR, TER); a file is
+ccc00000000_xx_ooaaas_MTRv, upper or lower case, with ENVI headers beside the images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crism_mlops.errors import ProductError
+
+_NAME = re.compile(
+    r"^(?P<observation>[a-z]{3}[0-9a-f]{8})_(?P<counter>[0-9a-f]{2})_"
+    r"(?P<kind>br[a-z0-9]{3}|[a-z]{2})(?P<activity>\d{3})?(?P<sensor>[jls])_(?P<level>mtr|ter|trr)(?P<version>\d)$"
+)
+# ENVI "data type" codes (ENVI Header Files, NV5 Geospatial documentation).
+_DTYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
+_MAX_PIXELS = 100_000 * 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class ProductName:
+    """What a file name says: observation id, product kind (if, sr, de, brtan, ...), sensor."""
+
+    observation_id: str
+    kind: str
+    sensor: str
+
+
+def parse_name(path: Path) -> ProductName | None:
+    """The parts of a CRISM product's file name in either case, or None if it is not one."""
+    match = _NAME.match(path.name.split(".")[0].lower())
+    if match is None:
+        return None
+    return ProductName(match["observation"], match["kind"], match["sensor"])
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One image file, described by its header; no pixel is read until `read`.
+
+    `shape` is (H, W, B); `wavelengths_nm` is float64 of length B or None; `band_names` a tuple of
+    length B or None; `map_info` the ENVI "map info" fields or None.
+    """
+
+    observation_id: str
+    kind: str
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    interleave: str
+    offset: int
+    nodata: float | None
+    wavelengths_nm: NDArray[np.float64] | None
+    band_names: tuple[str, ...] | None
+    map_info: tuple[str, ...] | None
+
+    def read(self, bands: Sequence[int]) -> NDArray[np.float32]:
+        """The named bands as H x W x len(bands) float32, NaN where the product holds no data.
+
+        Only these bands are read from disk where the interleave allows it (bsq).
+        """
+        height, width, count = self.shape
+        on_disk = {
+            "bsq": (count, height, width),
+            "bil": (height, count, width),
+            "bip": (height, width, count),
+        }[self.interleave]
+        image = np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=on_disk)
+        axis = {"bsq": 0, "bil": 1, "bip": 2}[self.interleave]
+        raw = np.moveaxis(np.take(image, list(bands), axis=axis), axis, -1)
+        values = np.ascontiguousarray(raw, dtype=np.float32)
+        missing = ~np.isfinite(values)
+        if self.nodata is not None:
+            missing |= values == np.float32(self.nodata)
+        values[missing] = np.nan
+        return values
+
+    def nearest_band(self, wavelength_nm: float, tolerance_nm: float = 10.0) -> int:
+        """Index of the channel nearest to a wavelength.
+
+        Raises ProductError where the nearest one is further away than the tolerance.
+        """
+        if self.wavelengths_nm is None:
+            raise ProductError(f"{self.path.name}: the header lists no wavelengths; an I/F product has them")
+        distance = np.abs(self.wavelengths_nm - wavelength_nm)
+        index = int(np.argmin(distance))
+        if distance[index] > tolerance_nm:
+            raise ProductError(
+                f"{self.path.name}: nearest channel to {wavelength_nm:.1f} nm is "
+                f"{self.wavelengths_nm[index]:.1f} nm, further than {tolerance_nm:.1f} nm"
+            )
+        return index
+
+    def named_band(self, name: str) -> int:
+        """Index of a band by its name; raises ProductError with the names there are."""
+        names = self.band_names or ()
+        if name not in names:
+            raise ProductError(
+                f"{self.path.name}: no band {name!r}; it holds {', '.join(names) or 'no names'}"
+            )
+        return names.index(name)
+
+
+def open_product(header: Path) -> Product:
+    """Read an ENVI header and check it against its image file.
+
+    Raises ProductError if the header is not ENVI's, lacks a field, states absurd dimensions, or
+    if the image is missing or shorter than the header says.
+    """
+    from spectral.io import envi
+
+    name = parse_name(header)
+    if name is None:
+        raise ProductError(
+            f"{header.name}: not the name of a CRISM product (e.g. frt0000643d_07_if164j_mtr3.hdr)"
+        )
+    try:
+        fields = envi.read_envi_header(str(header))
+    except (envi.EnviException, OSError, UnicodeDecodeError, ValueError) as error:
+        raise ProductError(f"{header}: not a readable ENVI header ({_one_line(error)})") from error
+    image = _image_beside(header)
+    try:
+        shape = (int(fields["lines"]), int(fields["samples"]), int(fields["bands"]))
+        interleave = str(fields["interleave"]).lower()
+        code = int(fields["data type"])
+        offset = int(fields.get("header offset", 0))
+        order = int(fields.get("byte order", 0))
+        nodata = float(fields["data ignore value"]) if "data ignore value" in fields else None
+        wavelengths = fields.get("wavelength")
+        wavelengths_nm = None if wavelengths is None else np.array([float(w) for w in wavelengths])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProductError(f"{header}: a field is missing or not a number ({_one_line(error)})") from error
+    if interleave not in ("bsq", "bil", "bip") or code not in _DTYPES or order not in (0, 1):
+        raise ProductError(
+            f"{header}: interleave {interleave!r}, data type {code}, byte order {order}; expected bsq, bil or bip, "
+            f"a real data type ({', '.join(map(str, _DTYPES))}) and byte order 0 or 1"
+        )
+    if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS or offset < 0:
+        raise ProductError(
+            f"{header}: {shape[0]} lines x {shape[1]} samples x {shape[2]} bands is not a CRISM image"
+        )
+    dtype = np.dtype((">" if order else "<") + _DTYPES[code])
+    expected = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
+    found = image.stat().st_size
+    if found < expected:
+        raise ProductError(
+            f"{image}: {found} bytes, but its header describes {expected}; the file is truncated, download it again"
+        )
+    if wavelengths_nm is not None:
+        if wavelengths_nm.size != shape[2]:
+            raise ProductError(f"{header}: {wavelengths_nm.size} wavelengths for {shape[2]} bands")
+        if str(fields.get("wavelength units", "")).lower().startswith("micro"):
+            wavelengths_nm = wavelengths_nm * 1000.0
+    names = fields.get("band names")
+    info = fields.get("map info")
+    return Product(
+        observation_id=name.observation_id,
+        kind=name.kind,
+        path=image,
+        shape=shape,
+        dtype=dtype,
+        interleave=interleave,
+        offset=offset,
+        nodata=nodata,
+        wavelengths_nm=wavelengths_nm,
+        band_names=None if names is None else tuple(str(n).strip() for n in names),
+        map_info=None if info is None else tuple(str(f) for f in info),
+    )
+
+
+def observation_folders(root: Path) -> list[Path]:
+    """Folders below (or equal to) `root` that hold CRISM products, sorted by name.
+
+    Raises ProductError if the folder does not exist or holds no product.
+    """
+    if not root.is_dir():
+        raise ProductError(f"{root}: no such folder; expected a folder of observations such as frt0000643d/")
+    headers = [p for p in root.rglob("*") if p.suffix.lower() == ".hdr" and parse_name(p) is not None]
+    folders = sorted({p.parent for p in headers}, key=lambda p: p.name.lower())
+    if not folders:
+        raise ProductError(
+            f"{root}: holds no CRISM product with an ENVI header; expected files such as frt0000643d_07_if164j_mtr3.hdr"
+        )
+    return folders
+
+
+def open_observation(folder: Path) -> dict[str, Product]:
+    """All products of one observation folder by kind.
+
+    Raises ProductError if one cannot be read or if the folder mixes observations.
+    """
+    products: dict[str, Product] = {}
+    for header in sorted(folder.iterdir()):
+        if header.suffix.lower() == ".hdr" and parse_name(header) is not None:
+            product = open_product(header)
+            products[product.kind] = product
+    ids = {p.observation_id for p in products.values()}
+    if len(ids) > 1:
+        raise ProductError(
+            f"{folder}: holds {len(ids)} observations ({', '.join(sorted(ids))}); give each its own folder"
+        )
+    return products
+
+
+def centre_degrees(products: dict[str, Product]) -> tuple[float, float]:
+    """East longitude (-180..180) and latitude in degrees of an observation's centre.
+
+    From the DE product's backplanes where there is one (median over valid pixels), else from the
+    map information of an equirectangular product. Raises ProductError where neither is there.
+    """
+    from crism_mlops.products.regions import east_longitude_180
+
+    backplanes = products.get("de")
+    if backplanes is not None and backplanes.band_names is not None:
+        # The names are free text with semicolons: "Latitude; areocentric; deg N".
+        wanted = [_starts_with(backplanes, "longitude"), _starts_with(backplanes, "latitude")]
+        if None not in wanted:
+            plane = backplanes.read([i for i in wanted if i is not None])
+            if np.isfinite(plane).all(axis=-1).any():
+                longitude, latitude = np.nanmedian(plane.reshape(-1, 2), axis=0)
+                return east_longitude_180(float(longitude)), float(latitude)
+    for product in products.values():
+        if product.map_info is not None and "equirectangular" in product.map_info[0].lower():
+            return _equirectangular_centre(product)
+    raise ProductError("no DE product and no equirectangular map info: the observation's place is unknown")
+
+
+def _equirectangular_centre(product: Product) -> tuple[float, float]:
+    from crism_mlops.products.regions import east_longitude_180
+
+    assert product.map_info is not None
+    # "MRO Mars Equirectangular [IAU 2000] [-20.00N; 0.00E]": standard parallel; central meridian.
+    place = re.search(r"\[(-?[\d.]+)N;\s*(-?[\d.]+)E\]", product.map_info[0])
+    parallel, meridian = (float(place[1]), float(place[2])) if place else (0.0, 0.0)
+    x0, y0, dx, dy = (float(v) for v in product.map_info[3:7])
+    height, width, _ = product.shape
+    # Mars' mean radius is enough to name a region: the error is below 0.3 %.
+    radius = 3_389_500.0
+    latitude = np.degrees((y0 - dy * height / 2) / radius)
+    longitude = meridian + np.degrees((x0 + dx * width / 2) / (radius * np.cos(np.radians(parallel))))
+    return east_longitude_180(float(longitude)), float(latitude)
+
+
+def _starts_with(product: Product, word: str) -> int | None:
+    for index, name in enumerate(product.band_names or ()):
+        if name.lower().startswith(word):
+            return index
+    return None
+
+
+def _image_beside(header: Path) -> Path:
+    for candidate in header.parent.iterdir():
+        if candidate.stem.lower() == header.stem.lower() and candidate.suffix.lower() == ".img":
+            return candidate
+    raise ProductError(f"{header}: no image file beside it; expected {header.stem}.img")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

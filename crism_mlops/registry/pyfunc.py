@@ -1,0 +1,75 @@
+"""The served model ("models from code"): a checkpoint folder behind MLflow's pyfunc interface.
+
+MLflow runs this file to make the model; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PythonModel
+
+MAX_IMAGES = 256
+MAX_SIDE = 4096
+
+
+class ServedModel(PythonModel):  # type: ignore[misc]
+    """N x H x W x C float32 in [0, 1] -> N x H x W x 3 float32 in [0, 1].
+
+    A pixel that is 0 in every channel shows no data. Params, all optional: `prompt`, or
+    `longitude` and `latitude` (degrees east and north) and `location`, which fill the prompt
+    template that the model was trained with; `seed` of the diffusion noise.
+    """
+
+    def load_context(self, context: Any) -> None:
+        from crism_mlops.models.checkpoint import load_checkpoint
+        from crism_mlops.studies.run import resolve_device
+
+        folder = Path(context.artifacts["checkpoint"])
+        self.model, self.checkpoint = load_checkpoint(folder, resolve_device("auto"))
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        from crism_mlops.dataset.prompts import render
+        from crism_mlops.evaluation.evaluate import predict_images
+
+        images = checked(model_input)
+        config, given = self.checkpoint.config, params or {}
+        template = config.model.prompt if config.model.kind == "instruct_pix2pix" else ""
+        prompt = given.get("prompt") or render(
+            template, given.get("longitude"), given.get("latitude"), given.get("location")
+        )
+        seed = given.get("seed")
+        seed = config.evaluate.seed if seed is None else int(seed)
+        if not 0 <= seed < 2**63:
+            raise MlflowException.invalid_parameter_value(f"seed is {seed}; expected 0 or more")
+        outputs = predict_images(
+            self.model,
+            list(images),
+            [prompt] * len(images),
+            [seed] * len(images),
+            config.data.resolution,
+            config.evaluate.chunk,
+        )
+        return np.stack(outputs)
+
+
+def checked(model_input: Any) -> np.ndarray[Any, Any]:
+    """The images as N x H x W x C float32. What is wrong with them becomes an HTTP 400."""
+    images = np.asarray(model_input, dtype=np.float32)
+    if images.ndim != 4 or 0 in images.shape or len(images) > MAX_IMAGES or max(images.shape[1:3]) > MAX_SIDE:
+        raise MlflowException.invalid_parameter_value(
+            f"input has shape {images.shape}; expected N x H x W x C with N up to {MAX_IMAGES}, H and W up to {MAX_SIDE}"
+        )
+    if not np.isfinite(images).all() or images.min() < 0.0 or images.max() > 1.0:
+        raise MlflowException.invalid_parameter_value(
+            f"input values run from {np.nanmin(images):g} to {np.nanmax(images):g} "
+            f"({int(np.isnan(images).sum())} NaN); expected 0 to 1, with 0 in every channel where there is no data"
+        )
+    return images
+
+
+mlflow.models.set_model(ServedModel())

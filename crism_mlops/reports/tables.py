@@ -1,0 +1,136 @@
+"""Tables for the terminal, and the same content as plain data for --json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from crism_mlops.tracking import RunInfo, Tracker
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PROTOCOLS = {"test": "valid protocol, balanced test set", "thesis": "thesis protocol, balanced test set"}
+_METRICS = ("rmse", "pcc", "cosine", "ssim", "lpips")
+_STATES = {"FINISHED": "finished", "FAILED": "failed", "RUNNING": "running"}
+
+
+def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
+    """One study as plain data: totals, trials, floors and ceilings with all their scores."""
+    runs = tracker.find(crism_study=name)
+    parents = [r for r in runs if r.kind == "study"]
+    trials = [r for r in runs if r.kind == "trial"]
+    rows = [_row(r) for r in runs if r.kind != "study"]
+    states = [row["state"] for row in rows if row["kind"] == "trial"]
+    objective = parents[-1].tags.get("crism.objective", "val/rmse") if parents else "val/rmse"
+    sign = -1.0 if objective.split("/")[-1] in ("pcc", "cosine", "ssim") else 1.0
+    finished = [r for r in trials if r.status == "FINISHED" and "objective" in r.metrics]
+    best = min(finished, key=lambda r: sign * r.metrics["objective"], default=None)
+    return {
+        "study": name,
+        "experiment": tracker.experiment,
+        "model": parents[-1].tags.get("crism.model") if parents else None,
+        "status": parents[-1].status if parents else None,
+        "trials_total": int(parents[-1].tags.get("crism.trials_total", 0)) if parents else None,
+        "counts": {state: states.count(state) for state in sorted(set(states))},
+        "objective": objective,
+        "best_run": None if best is None else best.name,
+        "rows": rows,
+    }
+
+
+def study_names(tracker: Tracker) -> list[str]:
+    """Names of the studies of an experiment, oldest first."""
+    return list(dict.fromkeys(r.tags["crism.study"] for r in tracker.find(crism_kind="study")))
+
+
+def _row(run: RunInfo) -> dict[str, Any]:
+    state = _STATES.get(run.status) or run.tags.get("crism.stopped", "killed")
+    # Settings are the parameters that are keys of the configuration: they hold a dot.
+    settings = {k: v for k, v in run.params.items() if k.split(".")[0] in ("data", "train", "model")}
+    return {
+        "run": run.name,
+        "run_id": run.run_id,
+        "kind": run.kind,
+        "state": state,
+        "why": run.tags.get("crism.why"),
+        "settings": settings,
+        "scores": {k: v for k, v in sorted(run.metrics.items()) if "/" in k and k.split("/")[0] != "train"},
+    }
+
+
+def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
+    """Rich tables: one a protocol, all studies in it, floors and ceilings beneath the trials."""
+    from rich.table import Table
+
+    tables = []
+    for prefix, words in _PROTOCOLS.items():
+        table = Table(title=f"{prefix}: {words}", title_justify="left", title_style="bold", expand=False)
+        table.add_column("run", overflow="fold")
+        table.add_column("state")
+        table.add_column("settings", overflow="fold")
+        for metric in _METRICS:
+            arrow = "↑" if metric in ("pcc", "cosine", "ssim") else "↓"
+            table.add_column(f"{metric} {arrow}", justify="right")
+        for status in statuses:
+            order = {"trial": 0, "floor": 1, "ceiling": 2}
+            for row in sorted(status["rows"], key=lambda r: order.get(r["kind"], 3)):
+                best = row["run"] == status["best_run"]
+                state = row["state"] if row["kind"] == "trial" else row["kind"]
+                table.add_row(
+                    ("* " if best else "") + row["run"],
+                    state,
+                    _settings(row["settings"]) if row["kind"] == "trial" else "",
+                    *(_figure(row["scores"].get(f"{prefix}/{m}"), m) for m in _METRICS),
+                    style="bold" if best else ("dim" if row["kind"] != "trial" else ""),
+                )
+            table.add_section()
+        tables.append(table)
+    return tables
+
+
+def headline(status: dict[str, Any]) -> str:
+    """One line: how many trials, in which state, and the best one's objective."""
+    counts = ", ".join(f"{n} {state}" for state, n in status["counts"].items()) or "no trials yet"
+    best = next((r for r in status["rows"] if r["run"] == status["best_run"]), None)
+    value = "" if best is None else f"; best {best['run']}: {status['objective']} " + _figure(
+        best["scores"].get(status["objective"]), status["objective"].split("/")[-1]
+    )  # fmt: skip
+    return f"{status['study']} ({status['model']}): {counts} of {status['trials_total']}{value} (chosen on validation)"
+
+
+def against_floors(status: dict[str, Any]) -> list[str]:
+    """For the best trial: does it beat each floor of its own input variant, on test?"""
+    best = next((r for r in status["rows"] if r["run"] == status["best_run"]), None)
+    if best is None:
+        return []
+    lines = []
+    variant, normalization = (best["settings"].get(f"data.{k}") for k in ("variant", "normalization"))
+    for row in status["rows"]:
+        own = (row["settings"].get("data.variant"), row["settings"].get("data.normalization"))
+        if row["kind"] != "floor" or own != (variant, normalization):
+            continue
+        words = []
+        for metric in ("rmse", "lpips"):
+            mine, floor = (r["scores"].get(f"test/{metric}", math.nan) for r in (best, row))
+            verdict = "beats" if mine < floor else "does not beat"
+            words.append(f"{verdict} it on {metric} ({_figure(mine, metric)} against {_figure(floor, metric)})")
+        lines.append(f"{best['run']} and the floor {row['run']}: {' and '.join(words)}")
+    return lines
+
+
+def _settings(settings: dict[str, str]) -> str:
+    parts = []
+    for key, value in sorted(settings.items()):
+        name = key.split(".")[-1]
+        if key == "train.learning_rate":
+            value = f"{float(value):.2g}"
+        parts.append(f"{name}={value if len(value) <= 34 else value[:31] + '...'}")
+    return " ".join(parts)
+
+
+def _figure(value: float | None, metric: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if metric == "rmse" else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""One observation becomes one Scene."""

