@@ -12,6 +12,7 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from crism_mlops.errors import TrackingError
 # Read by mlflow when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +163,9 @@ class Tracker:
         from crism_mlops import __version__
 
         pins = [f"crism-mlops=={__version__}", *(_pin(p) for p in ("torch", "diffusers", "transformers", "mlflow"))]
-        with _translated(self.uri):
+        with _translated(self.uri), warnings.catch_warnings():
+            # MLflow asks for an input example: the signature says it all, and a scene is megabytes of JSON.
+            warnings.filterwarnings("ignore", message=".*[Ii]nput example.*", category=UserWarning)
             with mlflow.start_run(run_id=run_id):
                 info = mlflow.pyfunc.log_model(
                     name="model",

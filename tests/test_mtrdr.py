@@ -1,6 +1,7 @@
 """The ENVI reader: every pixel layout, the real headers, and nothing but ProductError for the rest."""
 
 import gc
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -194,7 +195,7 @@ def test_one_band_name_without_braces(write_envi: Write, tmp_path: Path) -> None
         ({"bands": "-5"}, "-5 bands"),
         ({"lines": "9" * 30}, "not a CRISM image"),
         ({"lines": "9" * 5000}, "not a number"),
-        ({"bands": "9" * 30}, "not a CRISM image"),
+        ({"bands": "9" * 30}, "its header describes"),
         ({"header offset": "-1"}, "offset -1"),
         ({"header offset": "1"}, "truncated"),
         ({"bands": "6"}, "240 bytes, but its header describes 288"),
@@ -217,7 +218,9 @@ def test_truncated_image(write_envi: Write, tmp_path: Path) -> None:
     header = write_envi(tmp_path, CUBE)
     image = header.with_suffix(".img")
     image.write_bytes(image.read_bytes()[:-1])
-    assert "239 bytes, but its header describes 240; the file is truncated, download it again" in refused(header)
+    assert "239 bytes, but its header describes 240; the file is truncated, download it again" in refused(
+        header
+    )
 
 
 def test_missing_image(write_envi: Write, tmp_path: Path) -> None:
@@ -234,7 +237,14 @@ def test_missing_image(write_envi: Write, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"PDS_VERSION_ID = PDS3\n", b"\x89PNG\r\n\x1a\n\xff\xfe", b"ENVI\n\xff\xfe = \x80\n", b"ENVI"],
+    [
+        b"",
+        b"\n",
+        b"PDS_VERSION_ID = PDS3\n",
+        b"\x89PNG\r\n\x1a\n\xff\xfe",
+        b"ENVI\n\xff\xfe = \x80\n",
+        b"ENVI",
+    ],
 )
 def test_not_envi(tmp_path: Path, content: bytes) -> None:
     header = tmp_path / f"{STEM}.hdr"
@@ -420,8 +430,8 @@ def test_real_headers(real_data: Path, tmp_path: Path, kind: str) -> None:
     if kind == "sr":
         for name in ("R2529", "R1506", "R1080", "D2300", "BD2500_2", "BD1900_2", "MIN2295_2480", "CINDEX2"):
             product.named_band(name)
-    longitude, latitude = centre_degrees({kind: product})
-    assert (longitude, latitude) == pytest.approx((27.4, -23.3), abs=0.1)
+    if kind != "de":  # the sparse image's backplanes say 0 E, 0 N
+        assert centre_degrees({kind: product}) == pytest.approx((27.4, -23.3), abs=0.1)
     with header.with_suffix(".img").open("wb") as image:
         image.truncate(size - 1)
     assert "truncated" in refused(header)
@@ -444,11 +454,11 @@ def test_real_browse_products(real_data: Path) -> None:
 
 
 def test_real_map_information_agrees_with_the_label(real_data: Path) -> None:
-    import pvl
-
     folder = real_data / "mtrdr" / "browse" / "frt00005acd"
-    label = pvl.load(next(folder.glob("*brtan*.lbl")))["IMAGE_MAP_PROJECTION"]
+    label = next(folder.glob("*brtan*.lbl")).read_text()
+    south, north, west, east = (
+        float(re.search(rf"{key}\s*=\s*(\S+)", label)[1])  # type: ignore[index]
+        for key in ("MINIMUM_LATITUDE", "MAXIMUM_LATITUDE", "WESTERNMOST_LONGITUDE", "EASTERNMOST_LONGITUDE")
+    )
     longitude, latitude = centre_degrees(open_observation(folder))
-    west, east = label["WESTERNMOST_LONGITUDE"].value, label["EASTERNMOST_LONGITUDE"].value
-    south, north = label["MINIMUM_LATITUDE"].value, label["MAXIMUM_LATITUDE"].value
     assert (longitude, latitude) == pytest.approx(((west + east) / 2, (south + north) / 2), abs=0.005)

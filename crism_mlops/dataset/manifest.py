@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from crism_mlops.config import DataConfig, SplitConfig, digest_of
 from crism_mlops.dataset.split import Split, split_scenes
-from crism_mlops.dataset.variants import InputTransform, fit_transform, target_image
+from crism_mlops.dataset.variants import PHYSICAL_RANGE, InputTransform, fit_transform, target_image
 from crism_mlops.dataset.views import apply_view, views_of
 from crism_mlops.scenes.sources import Scene
 
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Scenes, their split, and the transform fitted on the train scenes."""
+    """Scenes in the order of their ids, their split, and the transform fitted on the train scenes."""
 
     scenes: tuple[Scene, ...]
     split: Split
@@ -63,9 +63,7 @@ class Manifest:
     def pairs(self, name: SplitName) -> list[Pair]:
         """The scenes of a split as they are scored."""
         return [
-            Pair(
-                s, self.transform.image(s), target_image(s, self.data.target, self.data.target_normalization)
-            )
+            Pair(s, self.transform.image(s), target_image(s, self.data.target, self.data.target_normalization))
             for s in self.of(name)
         ]
 
@@ -88,18 +86,17 @@ class Manifest:
     @cached_property
     def test_digest(self) -> str:
         """Digest of the test scenes alone."""
-        return digest_of(
-            {"scenes": [_scene_digest(s) for s in self.of("test")], "balanced": self.split.test_balanced}
-        )
+        return digest_of({"scenes": [_scene_digest(s) for s in self.of("test")], "balanced": self.split.test_balanced})
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the scenes, the split, the variant, what was fitted for it, and the target."""
+        """Digest of the scenes, the split, the variant, what was fitted for it, the target and the views."""
         return digest_of(
             {
                 "scenes": self.scenes_digest,
                 "transform": asdict(self.transform),
                 "target": [self.data.target, self.data.target_normalization],
+                "ranges": PHYSICAL_RANGE,
                 "resolution": self.data.resolution,
                 "views": self.data.views,
                 "seed": self.seed,
@@ -113,17 +110,20 @@ def build_manifest(scenes: Sequence[Scene], data: DataConfig, split: SplitConfig
     Raises DatasetError for an empty split or too few scenes for a balanced test set.
     """
     parts = split_scenes(scenes, split)
-    train = [s for s in scenes if s.observation_id in set(parts.train)]
+    # In the order of their ids: what is fitted and every digest are then the same for any order.
+    ordered = sorted(scenes, key=lambda s: s.observation_id)
+    of_train = set(parts.train)
+    train = [s for s in ordered if s.observation_id in of_train]
     transform = fit_transform(train, data.variant, data.normalization)
-    return Manifest(tuple(scenes), parts, transform, data, split.seed)
+    return Manifest(tuple(ordered), parts, transform, data, split.seed)
 
 
 def _scene_digest(scene: Scene) -> str:
     content = blake2b(digest_size=8)
     content.update(scene.observation_id.encode())
-    for array in (scene.bands, scene.target, scene.valid):
-        content.update(np.ascontiguousarray(array).tobytes())
-    content.update(
-        f"{scene.carbonate_bearing} {scene.longitude_deg} {scene.latitude_deg} {scene.region}".encode()
-    )
+    for array in (scene.bands, scene.target, scene.valid, scene.carbonate):
+        if array is not None:
+            content.update(f"{array.shape}".encode())
+            content.update(np.ascontiguousarray(array).tobytes())
+    content.update(f"{scene.carbonate_bearing} {scene.longitude_deg} {scene.latitude_deg} {scene.region}".encode())
     return content.hexdigest()

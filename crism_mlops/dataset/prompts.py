@@ -8,8 +8,8 @@ from crism_mlops.scenes.sources import Scene
 def render(template: str, longitude: float | None, latitude: float | None, location: str | None) -> str:
     """Fill {longitude}, {latitude} (degrees, two decimals) and {location}; "unknown" where absent."""
     return template.format(
-        longitude="unknown" if longitude is None else f"{longitude:.2f}",
-        latitude="unknown" if latitude is None else f"{latitude:.2f}",
+        longitude="unknown" if longitude is None else f"{longitude:z.2f}",
+        latitude="unknown" if latitude is None else f"{latitude:z.2f}",
         location=(location or "unknown").replace("_", " "),
     )
 

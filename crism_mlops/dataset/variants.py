@@ -63,6 +63,9 @@ class InputTransform:
         Raises DatasetError if the scene lacks a band of the variant.
         """
         values = _bands(scene, self.variant)
+        if scene.source == "pairs":
+            # Stretched already, before they were resized: their brightest pixel need not be 1.
+            return np.where(scene.valid[..., None], values, np.float32(0.0))
         if self.mean is not None and self.components is not None:
             values = ((values - np.array(self.mean)) @ np.array(self.components).T).astype(np.float32)
         if self.normalization != "physical":
@@ -103,7 +106,7 @@ def target_image(scene: Scene, target: str, normalization: str) -> NDArray[np.fl
     published, without an inverse. Pairs hold images that were stretched so already.
     """
     if scene.source == "pairs":
-        return scene.target
+        return np.where(scene.valid[..., None], scene.target, np.float32(0.0))
     if normalization == "minmax":
         low, high = _image_range(scene.target[scene.valid], "minmax")
     else:
@@ -123,9 +126,7 @@ def _bands(scene: Scene, variant: Variant) -> NDArray[np.float32]:
     return scene.bands[..., [scene.band_names.index(name) for name in wanted]]
 
 
-def _image_range(
-    pixels: NDArray[np.float32], normalization: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _image_range(pixels: NDArray[np.float32], normalization: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     ends = (2.0, 98.0) if normalization == "percentile" else (0.0, 100.0)
     low, high = np.percentile(pixels.astype(np.float64), ends, axis=0)
     return low, high

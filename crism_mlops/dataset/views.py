@@ -67,7 +67,8 @@ def apply_view(
     columns = slice(round(left * width), max(round(right * width), round(left * width) + 1))
     weight = torch.from_numpy(np.array(valid[rows, columns], dtype=np.float32))[None]
     values = torch.from_numpy(np.array(image[rows, columns], dtype=np.float32)).permute(2, 0, 1)
-    stack = torch.cat([values * weight, weight])
+    # Set and not multiplied: no-data may be NaN.
+    stack = torch.cat([torch.where(weight > 0.0, values, 0.0), weight])
     if view.flip:
         stack = stack.flip(-2)
     if stack.shape[-2:] != (resolution, resolution):

@@ -7,6 +7,7 @@ ccc00000000_xx_ooaaas_MTRv, upper or lower case, with ENVI headers beside the im
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,16 @@ _MAX_PIXELS = 100_000 * 100_000
 
 @dataclass(frozen=True, slots=True)
 class ProductName:
-    """What a file name says: observation id, product kind (if, sr, de, brtan, ...), sensor."""
+    """What a file name says: observation id, product kind (if, sr, de, brtan, ...), sensor, level.
+
+    `level` is mtr (map-projected, both detectors joined), ter (joined) or trr (one detector).
+    """
 
     observation_id: str
     kind: str
     sensor: str
+    level: str
+    version: int
 
 
 def parse_name(path: Path) -> ProductName | None:
@@ -40,7 +46,9 @@ def parse_name(path: Path) -> ProductName | None:
     match = _NAME.match(path.name.split(".")[0].lower())
     if match is None:
         return None
-    return ProductName(match["observation"], match["kind"], match["sensor"])
+    return ProductName(
+        match["observation"], match["kind"], match["sensor"], match["level"], int(match["version"])
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,8 @@ class Product:
     def read(self, bands: Sequence[int]) -> NDArray[np.float32]:
         """The named bands as H x W x len(bands) float32, NaN where the product holds no data.
 
-        Only these bands are read from disk where the interleave allows it (bsq).
+        Only these bands are read from disk where the interleave allows it (bsq). Raises
+        ProductError if the image cannot be read any more.
         """
         height, width, count = self.shape
         on_disk = {
@@ -74,13 +83,19 @@ class Product:
             "bil": (height, count, width),
             "bip": (height, width, count),
         }[self.interleave]
-        image = np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=on_disk)
+        try:
+            image = np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=on_disk)
+        except (OSError, ValueError) as error:
+            raise ProductError(f"{self.path}: the image cannot be read ({_one_line(error)})") from error
         axis = {"bsq": 0, "bil": 1, "bip": 2}[self.interleave]
         raw = np.moveaxis(np.take(image, list(bands), axis=axis), axis, -1)
-        values = np.ascontiguousarray(raw, dtype=np.float32)
-        missing = ~np.isfinite(values)
-        if self.nodata is not None:
-            missing |= values == np.float32(self.nodata)
+        # Values beyond float32, such as -1.8e308 for no data, become infinite and so missing; numpy
+        # calls a signalling NaN invalid.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.ascontiguousarray(raw, dtype=np.float32)
+            missing = ~np.isfinite(values)
+            if self.nodata is not None:
+                missing |= values == np.float32(self.nodata)
         values[missing] = np.nan
         return values
 
@@ -116,17 +131,12 @@ def open_product(header: Path) -> Product:
     Raises ProductError if the header is not ENVI's, lacks a field, states absurd dimensions, or
     if the image is missing or shorter than the header says.
     """
-    from spectral.io import envi
-
     name = parse_name(header)
     if name is None:
         raise ProductError(
             f"{header.name}: not the name of a CRISM product (e.g. frt0000643d_07_if164j_mtr3.hdr)"
         )
-    try:
-        fields = envi.read_envi_header(str(header))
-    except (envi.EnviException, OSError, UnicodeDecodeError, ValueError) as error:
-        raise ProductError(f"{header}: not a readable ENVI header ({_one_line(error)})") from error
+    fields = _header_fields(header)
     image = _image_beside(header)
     try:
         shape = (int(fields["lines"]), int(fields["samples"]), int(fields["bands"]))
@@ -135,7 +145,7 @@ def open_product(header: Path) -> Product:
         offset = int(fields.get("header offset", 0))
         order = int(fields.get("byte order", 0))
         nodata = float(fields["data ignore value"]) if "data ignore value" in fields else None
-        wavelengths = fields.get("wavelength")
+        wavelengths = _listed(fields.get("wavelength"))
         wavelengths_nm = None if wavelengths is None else np.array([float(w) for w in wavelengths])
     except (KeyError, TypeError, ValueError) as error:
         raise ProductError(f"{header}: a field is missing or not a number ({_one_line(error)})") from error
@@ -146,22 +156,27 @@ def open_product(header: Path) -> Product:
         )
     if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS or offset < 0:
         raise ProductError(
-            f"{header}: {shape[0]} lines x {shape[1]} samples x {shape[2]} bands is not a CRISM image"
+            f"{header}: {shape[0]} lines x {shape[1]} samples x {shape[2]} bands at header offset {offset} "
+            "is not a CRISM image"
         )
     dtype = np.dtype((">" if order else "<") + _DTYPES[code])
     expected = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
     found = image.stat().st_size
     if found < expected:
         raise ProductError(
-            f"{image}: {found} bytes, but its header describes {expected}; the file is truncated, download it again"
+            f"{image}: {found} bytes, but its header describes {expected}; "
+            "the file is truncated, download it again"
         )
     if wavelengths_nm is not None:
         if wavelengths_nm.size != shape[2]:
             raise ProductError(f"{header}: {wavelengths_nm.size} wavelengths for {shape[2]} bands")
+        if not np.isfinite(wavelengths_nm).all() or not (np.diff(wavelengths_nm) > 0.0).all():
+            raise ProductError(f"{header}: its wavelengths do not increase from band to band")
         if str(fields.get("wavelength units", "")).lower().startswith("micro"):
             wavelengths_nm = wavelengths_nm * 1000.0
-    names = fields.get("band names")
-    info = fields.get("map info")
+    names = _listed(fields.get("band names"))
+    if names is not None and len(names) != shape[2]:
+        raise ProductError(f"{header}: {len(names)} band names for {shape[2]} bands")
     return Product(
         observation_id=name.observation_id,
         kind=name.kind,
@@ -172,19 +187,49 @@ def open_product(header: Path) -> Product:
         offset=offset,
         nodata=nodata,
         wavelengths_nm=wavelengths_nm,
-        band_names=None if names is None else tuple(str(n).strip() for n in names),
-        map_info=None if info is None else tuple(str(f) for f in info),
+        band_names=names,
+        map_info=_listed(fields.get("map info")),
     )
+
+
+def _header_fields(header: Path) -> dict[str, Any]:
+    """An ENVI header's fields by lower-case name: text, or a list where the value stands in braces."""
+    from spectral.io import envi
+
+    try:
+        # spectral leaves the file open where the text cannot be decoded, so it is tried here first.
+        header.read_text()
+        with warnings.catch_warnings():
+            # Field names in capitals are legal; spectral warns about each header that has them.
+            warnings.simplefilter("ignore", UserWarning)
+            fields: dict[str, Any] = envi.read_envi_header(str(header))
+    except (envi.EnviException, OSError, ValueError) as error:
+        raise ProductError(f"{header}: not a readable ENVI header ({_one_line(error)})") from error
+    return fields
+
+
+def _listed(value: str | list[str] | None) -> tuple[str, ...] | None:
+    """A list field's items; a value without braces is a list of one."""
+    if value is None:
+        return None
+    return tuple(item.strip() for item in ([value] if isinstance(value, str) else value))
 
 
 def observation_folders(root: Path) -> list[Path]:
     """Folders below (or equal to) `root` that hold CRISM products, sorted by name.
 
+    Hidden folders are left out: observations are written under such names and then renamed.
     Raises ProductError if the folder does not exist or holds no product.
     """
     if not root.is_dir():
         raise ProductError(f"{root}: no such folder; expected a folder of observations such as frt0000643d/")
-    headers = [p for p in root.rglob("*") if p.suffix.lower() == ".hdr" and parse_name(p) is not None]
+    headers = [
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() == ".hdr"
+        and parse_name(path) is not None
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
     folders = sorted({p.parent for p in headers}, key=lambda p: p.name.lower())
     if not folders:
         raise ProductError(
@@ -196,14 +241,21 @@ def observation_folders(root: Path) -> list[Path]:
 def open_observation(folder: Path) -> dict[str, Product]:
     """All products of one observation folder by kind.
 
-    Raises ProductError if one cannot be read or if the folder mixes observations.
+    Where there are several of a kind, the map-projected one of the highest version is taken, as
+    the other products' pixels are those of the map. Raises ProductError if one cannot be read or
+    if the folder mixes observations.
     """
-    products: dict[str, Product] = {}
+    headers: dict[tuple[str, str], tuple[tuple[int, int], Path]] = {}
     for header in sorted(folder.iterdir()):
-        if header.suffix.lower() == ".hdr" and parse_name(header) is not None:
-            product = open_product(header)
-            products[product.kind] = product
-    ids = {p.observation_id for p in products.values()}
+        name = parse_name(header)
+        if header.suffix.lower() == ".hdr" and name is not None:
+            rank = (("trr", "ter", "mtr").index(name.level), name.version)
+            key = (name.observation_id, name.kind)
+            if key not in headers or rank > headers[key][0]:
+                headers[key] = (rank, header)
+    found = [open_product(header) for _, header in headers.values()]
+    products = {product.kind: product for product in found}
+    ids = {product.observation_id for product in found}
     if len(ids) > 1:
         raise ProductError(
             f"{folder}: holds {len(ids)} observations ({', '.join(sorted(ids))}); give each its own folder"
@@ -240,14 +292,30 @@ def _equirectangular_centre(product: Product) -> tuple[float, float]:
     assert product.map_info is not None
     # "MRO Mars Equirectangular [IAU 2000] [-20.00N; 0.00E]": standard parallel; central meridian.
     place = re.search(r"\[(-?[\d.]+)N;\s*(-?[\d.]+)E\]", product.map_info[0])
-    parallel, meridian = (float(place[1]), float(place[2])) if place else (0.0, 0.0)
-    x0, y0, dx, dy = (float(v) for v in product.map_info[3:7])
+    try:
+        parallel, meridian = (float(place[1]), float(place[2])) if place else (0.0, 0.0)
+        # Map coordinates (m) of the reference pixel, which counts from 1, and the pixel's size.
+        column, row, x0, y0, dx, dy = (float(value) for value in product.map_info[1:7])
+    except ValueError as error:
+        raise ProductError(f"{product.path}: unusable map info ({_one_line(error)})") from error
     height, width, _ = product.shape
-    # Mars' mean radius is enough to name a region: the error is below 0.3 %.
-    radius = 3_389_500.0
-    latitude = np.degrees((y0 - dy * height / 2) / radius)
-    longitude = meridian + np.degrees((x0 + dx * width / 2) / (radius * np.cos(np.radians(parallel))))
-    return east_longitude_180(float(longitude)), float(latitude)
+    # The archive projects on a sphere with the radius that Mars has at the standard parallel.
+    radius = _radius_m(parallel)
+    with np.errstate(all="ignore"):
+        y = y0 - dy * (height / 2 - (row - 1.0))
+        x = x0 + dx * (width / 2 - (column - 1.0))
+        latitude = float(np.degrees(y / radius))
+        longitude = meridian + float(np.degrees(x / (radius * np.cos(np.radians(parallel)))))
+    if not (abs(latitude) <= 90.0 and abs(longitude) <= 1000.0):
+        raise ProductError(f"{product.path}: its map info gives no place on Mars")
+    return east_longitude_180(longitude), latitude
+
+
+def _radius_m(latitude_deg: float) -> float:
+    """Mars' radius in m at a planetocentric latitude (IAU 2000 ellipsoid)."""
+    equator, pole = 3_396_190.0, 3_376_200.0
+    angle = np.radians(latitude_deg)
+    return float(equator * pole / np.hypot(pole * np.cos(angle), equator * np.sin(angle)))
 
 
 def _starts_with(product: Product, word: str) -> int | None:
@@ -259,7 +327,8 @@ def _starts_with(product: Product, word: str) -> int | None:
 
 def _image_beside(header: Path) -> Path:
     for candidate in header.parent.iterdir():
-        if candidate.stem.lower() == header.stem.lower() and candidate.suffix.lower() == ".img":
+        same_name = candidate.stem.lower() == header.stem.lower()
+        if same_name and candidate.suffix.lower() == ".img" and candidate.is_file():
             return candidate
     raise ProductError(f"{header}: no image file beside it; expected {header.stem}.img")
 

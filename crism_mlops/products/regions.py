@@ -39,7 +39,9 @@ UNKNOWN_REGION = "unknown"
 
 
 def east_longitude_180(longitude: float) -> float:
-    """Any east longitude in degrees, folded into -180..180."""
+    """Any east longitude in degrees, folded into -180..180; one that lies there stays as it is."""
+    if -180.0 <= longitude < 180.0:
+        return longitude
     return (longitude + 180.0) % 360.0 - 180.0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from crism_mlops.errors import ProductError
 from crism_mlops.products.endmembers import MINERALS, albedo_library, hapke_reflectance
 from crism_mlops.products.regions import REGIONS, Region
 
@@ -48,7 +50,11 @@ class Simulation:
 
 def mtrdr_wavelengths() -> NDArray[np.float64]:
     """Centre wavelengths of the 489 MTRDR channels in nm (float64)."""
-    text = (files("crism_mlops.products") / "mtrdr_wavelengths.json").read_text()
+    return _axis("mtrdr_wavelengths.json")
+
+
+def _axis(name: str) -> NDArray[np.float64]:
+    text = (files("crism_mlops.products") / name).read_text()
     return np.array(json.loads(text), dtype=np.float64)
 
 
@@ -58,19 +64,33 @@ def write_simulation(
     """Write the observations that are not there yet; returns their folder below `root`.
 
     Each observation is written under a temporary name and renamed, so a killed call leaves
-    nothing half-written and the next one goes on. `on_scene(done, total)` reports progress.
+    nothing half-written and the next one goes on; of several processes one writes and the others
+    wait. `on_scene(done, total)` reports progress. Raises ProductError if the disk refuses.
     """
+    from filelock import FileLock
+
     folder = root / f"simulated-{simulation.scenes}x{simulation.size}-{simulation.digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in range(simulation.scenes):
-        write_observation(simulation, index, folder)
-        if on_scene is not None:
-            on_scene(index + 1, simulation.scenes)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two processes at one observation would delete each other's temporary folder.
+        with FileLock(root / f".{folder.name}.lock"):
+            for index in range(simulation.scenes):
+                write_observation(simulation, index, folder)
+                if on_scene is not None:
+                    on_scene(index + 1, simulation.scenes)
+    except OSError as error:
+        raise ProductError(
+            f"{folder}: simulated observations cannot be written ({error.strerror or error}); "
+            "set data.cache to a folder with room"
+        ) from error
     return folder
 
 
 def write_observation(simulation: Simulation, index: int, folder: Path) -> Path:
-    """One observation folder of a simulation, written unless it is there already."""
+    """One observation folder of a simulation, written unless it is there already.
+
+    Different observations may be written at once, one observation only by one process.
+    """
     observation_id = f"frt{(simulation.seed * 100_003 + index) & 0xFFFFFFFF:08x}"
     final = folder / observation_id
     if final.exists():
@@ -84,11 +104,7 @@ def write_observation(simulation: Simulation, index: int, folder: Path) -> Path:
     from safetensors.numpy import save_file
 
     save_file({"abundances": scene.abundances.astype(np.float32)}, str(partial / "truth.safetensors"))
-    try:
-        partial.rename(final)
-    except OSError:
-        # Another process wrote the same observation first; its pixels are the same.
-        shutil.rmtree(partial)
+    partial.rename(final)
     return final
 
 
@@ -243,13 +259,15 @@ def _if_fields() -> dict[str, Any]:
     wavelengths = mtrdr_wavelengths()
     return {
         "wavelength units": "Nanometers",
+        "default bands": [304, 122, 41],
         "wavelength": [f"{w:.6f}" for w in wavelengths],
+        "fwhm": [f"{w:.6f}" for w in _axis("mtrdr_fwhm.json")],
         "bbl": [1] * wavelengths.size,
     }
 
 
 def _de_fields() -> dict[str, Any]:
-    return {"wavelength units": "Unknown", "band names": list(_DE_NAMES)}
+    return {"wavelength units": "Unknown", "default bands": [1, 1, 1], "band names": list(_DE_NAMES)}
 
 
 def _write_product(
@@ -269,11 +287,16 @@ def _write_product(
     metadata = {
         "description": "simulated by crism-mlops",
         "sensor type": "Unknown",
-        "map info": [projection, "1.0000", "1.0000", f"{x0:.4f}", f"{y0:.4f}", f"{PIXEL_M:.10e}", f"{PIXEL_M:.10e}",
-                     datum, "units=Meters"],
-        "projection info": ["17", f"{MARS_RADIUS_M}", f"{parallel:.6f}", "0.000000", "0.0", "0.0", datum, projection,
-                            "units=Meters"],
+        "map info": [projection, "1.0000", "1.0000", f"{x0:.4f}", f"{y0:.4f}", f"{PIXEL_M:.10e}",
+                     f"{PIXEL_M:.10e}", datum, "units=Meters"],
+        "projection info": ["17", f"{MARS_RADIUS_M}", f"{parallel:.6f}", "0.000000", "0.0", "0.0", datum,
+                            projection, "units=Meters"],
+        "coordinate system string": "{" + _projection_wkt(projection, parallel, datum) + "}",
+        "sun azimuth": "-1.00000000",
+        "sun elevation": "-1.00000000",
+        "cloud cover": "-1.00000000",
         "data ignore value": "6.55350000e+04",
+        "default stretch": "1.0% linear",
         **fields,
     }  # fmt: skip
     header = folder / f"{stem}.hdr"
@@ -281,6 +304,8 @@ def _write_product(
         str(header), np.moveaxis(image, 0, -1), dtype=np.float32, interleave="bsq", ext=".img", byteorder=0,
         metadata=metadata,
     )  # fmt: skip
+    # The archive's headers have CRLF line ends.
+    header.write_bytes(b"\r\n".join(header.read_bytes().splitlines()) + b"\r\n")
     label = pvl.PVLModule(
         PDS_VERSION_ID="PDS3",
         DATA_SET_ID="MRO-M-CRISM-5-RDR-MPTARGETED-V1.0",
@@ -294,4 +319,18 @@ def _write_product(
             BAND_STORAGE_TYPE="BAND_SEQUENTIAL",
         ),
     )  # fmt: skip
-    pvl.dump(label, str(folder / f"{stem}.lbl"))
+    with warnings.catch_warnings():
+        # pvl says that it cannot write astropy's quantities; there are none.
+        warnings.simplefilter("ignore", ImportWarning)
+        pvl.dump(label, str(folder / f"{stem}.lbl"))
+
+
+def _projection_wkt(projection: str, parallel: float, datum: str) -> str:
+    """The same projection as well-known text."""
+    return (
+        f'PROJCS["{projection}",GEOGCS["GCS_{datum.removeprefix("D_")}",DATUM["{datum}",'
+        f'SPHEROID["{datum.removeprefix("D_")}",{MARS_RADIUS_M},0.0]],PRIMEM["Reference_Meridian",0.0],'
+        'UNIT["Degree",0.0174532925199433]],PROJECTION["Equidistant_Cylindrical"],'
+        'PARAMETER["False_Easting",0.0],PARAMETER["False_Northing",0.0],PARAMETER["Central_Meridian",0.0],'
+        f'PARAMETER["Standard_Parallel_1",{parallel}],UNIT["Meter",1.0]]'
+    )

@@ -32,7 +32,8 @@ class ServedModel(PythonModel):  # type: ignore[misc]
         folder = Path(context.artifacts["checkpoint"])
         self.model, self.checkpoint = load_checkpoint(folder, resolve_device("auto"))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    # No type hints: MLflow would read a second signature out of them.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         from crism_mlops.dataset.prompts import render
         from crism_mlops.evaluation.evaluate import predict_images
 

@@ -54,6 +54,8 @@ def filter_weights(band: Filter, wavelengths_nm: NDArray[np.float64]) -> NDArray
     Response times the channel's spacing (trapezoid), renormalised: MTRDR lacks 631-710 and
     1010-1047 nm, so the spacing is capped and a gap does not count for its neighbours.
     """
+    if wavelengths_nm.size < 2:
+        raise SceneError(f"filter {band.name} needs a spectrum; the cube has {wavelengths_nm.size} channel")
     spacing = np.gradient(wavelengths_nm)
     weights = band.response(wavelengths_nm) * np.minimum(spacing, 2.0 * np.median(spacing))
     total = weights.sum()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from crism_mlops.config import DataConfig
 from crism_mlops.errors import CrismError, SceneError
 from crism_mlops.products.mtrdr import Product, centre_degrees, observation_folders, open_observation
-from crism_mlops.products.regions import region_of
+from crism_mlops.products.regions import east_longitude_180, region_of
 from crism_mlops.scenes.bands import BAND_NAMES, band_image
 from crism_mlops.scenes.targets import (
     CARBONATE_PARAMETERS,
@@ -68,7 +68,7 @@ def load_scenes(config: DataConfig, on_scene: Progress | None = None) -> list[Sc
     from crism_mlops.products.simulate import Simulation, write_simulation
 
     simulation = Simulation(config.simulated.scenes, config.simulated.size, config.simulated.seed)
-    return _mtrdr_scenes(write_simulation(simulation, Path(config.cache)), config, on_scene)
+    return _mtrdr_scenes(write_simulation(simulation, Path(config.cache).expanduser()), config, on_scene)
 
 
 def scene_from_products(products: dict[str, Product], config: DataConfig, source: str = "mtrdr") -> Scene:
@@ -143,14 +143,22 @@ def _mtrdr_scenes(root: Path, config: DataConfig, on_scene: Progress | None) -> 
 def _pair_scenes(root: Path, config: DataConfig, on_scene: Progress | None) -> list[Scene]:
     table = root / "scenes.csv"
     if not table.is_file():
-        raise SceneError(f"{root}: no scenes.csv; a folder of pairs holds OBSERVATION/{{original,edited}}_image.png "
-                         "and scenes.csv")  # fmt: skip
+        raise SceneError(
+            f"{root}: no scenes.csv; a folder of pairs holds scenes.csv and "
+            "OBSERVATION/{original,edited}_image.png"
+        )
     if config.target != "fal":
         raise SceneError(
             f"pairs hold the target fal, not {config.target}; use data.target=fal or MTRDR scenes"
         )
-    with table.open(newline="", encoding="utf-8-sig") as handle:
-        rows = list(csv.DictReader(handle))
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            rows, columns = list(reader), reader.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SceneError(f"{table}: not a readable table ({' '.join(str(error).split())})") from error
+    if "observation_id" not in columns:
+        raise SceneError(f"{table}: no column observation_id; it has {', '.join(columns) or 'no columns'}")
     scenes: dict[str, Scene] = {}
     for done, row in enumerate(rows, start=1):
         try:
@@ -176,6 +184,7 @@ def _pair(root: Path, row: dict[str, str]) -> Scene:
     if not valid.any():
         raise SceneError(f"{name}: both images are black everywhere")
     province = {"true": True, "false": False}.get((row.get("carbonate_province") or "").strip().lower())
+    longitude = _number(row.get("longitude_east_deg"))
     return Scene(
         observation_id=name,
         source="pairs",
@@ -185,19 +194,20 @@ def _pair(root: Path, row: dict[str, str]) -> Scene:
         valid=valid,
         carbonate=None,
         carbonate_bearing=province,
-        longitude_deg=_number(row.get("longitude_east_deg")),
+        longitude_deg=None if longitude is None else east_longitude_180(longitude),
         latitude_deg=_number(row.get("latitude_deg")),
         region=(row.get("region") or "unknown").strip(),
     )
 
 
 def _rgb(path: Path) -> NDArray[np.float32]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # pillow reports a broken PNG as OSError, SyntaxError or ValueError, by the place of the damage.
         raise SceneError(f"{path}: not a readable picture ({' '.join(str(error).split())})") from error
 
 

@@ -6,6 +6,7 @@ found in the observation's SR product.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Literal
 
@@ -21,17 +22,26 @@ TARGET_PARAMETERS: dict[Target, tuple[str, str, str]] = {
     "car": ("D2300", "BD2500_2", "BD1900_2"),
     "cr2": ("MIN2295_2480", "MIN2345_2537", "CINDEX2"),
 }
+# Depths and indices of one pixel's spectrum: 1 is a band that takes all light.
+DEPTH_RANGE = (-1.0, 1.0)
+_REFLECTANCE = re.compile(r"R\d+$")
 CARBONATE_PARAMETERS = ("MIN2295_2480", "MIN2345_2537", "D2300", "BD2500_2")
 
 
 def summary_parameters(products: dict[str, Product], names: tuple[str, ...]) -> NDArray[np.float32]:
     """Summary parameters H x W x len(names) float32, NaN without data.
 
-    From the SR product where there is one, else computed from the I/F cube.
+    From the SR product where there is one, else computed from the I/F cube. Values that no
+    surface can have are no data. Raises ProductError where the cube lacks a parameter's channels.
     """
     refined = products.get("sr")
     if refined is not None and set(names) <= set(refined.band_names or ()):
-        return refined.read([refined.named_band(name) for name in names])
+        values = refined.read([refined.named_band(name) for name in names])
+        # Real SR products hold 65534.98 and the like: no-data that something was averaged with.
+        low, high = np.array([IF_RANGE if _REFLECTANCE.match(name) else DEPTH_RANGE for name in names]).T
+        with np.errstate(invalid="ignore"):
+            values[(values < low) | (values > high)] = np.nan
+        return values
     return _computed(products["if"], names)
 
 
@@ -58,6 +68,9 @@ def _computed(product: Product, names: tuple[str, ...]) -> NDArray[np.float32]:
     near = np.zeros(product.wavelengths_nm.size, dtype=bool)
     for name in names:
         low, high = hypyrameter.PARAMETERS[name].bounds
+        # hypyrameter takes the nearest channel however far it is: a cube of one detector would do.
+        product.nearest_band(low)
+        product.nearest_band(high)
         near |= (product.wavelengths_nm >= low - pad_nm) & (product.wavelengths_nm <= high + pad_nm)
     used = np.flatnonzero(near)
     cube = product.read([int(i) for i in used])

@@ -82,7 +82,7 @@ def train_autoencoder(images: Images, held_out: Images, steps: int) -> Any:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(SEED)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(32, 48),
@@ -134,7 +134,7 @@ def round_trip_pcc(vae: Any, images: Images) -> float:
 
 def make_tokenizer(folder: Path) -> Any:
     """A byte-level BPE trained on the prompts, in CLIP's own form (end-of-word marks, lower case)."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     generator = np.random.default_rng(SEED)
@@ -156,7 +156,7 @@ def make_tokenizer(folder: Path) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
-                __import__("tokenizers").Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""),
+                Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""),
                 behavior="removed",
                 invert=True,
             ),
@@ -178,7 +178,7 @@ def make_tokenizer(folder: Path) -> Any:
     words = sorted(alphabet) + [c + "</w>" for c in sorted(alphabet)]
     words += [w for w, _ in sorted(vocabulary.items(), key=lambda item: item[1]) if w not in set(words)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    merges: Any = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=77)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -224,6 +224,7 @@ def train_denoiser(parts: dict[str, Any], images: Images, held_out: Images, step
     generator = torch.Generator().manual_seed(SEED + 2)
     # Latents of the eight symmetries, so that the autoencoder is out of the step.
     latents = []
+    stacked: torch.Tensor
     with torch.no_grad():
         for turns in range(4):
             for flip in (False, True):
@@ -233,9 +234,9 @@ def train_denoiser(parts: dict[str, Any], images: Images, held_out: Images, step
                     return t.flip(-1) if flip else t
 
                 mean, std = encode_distribution(model.vae, turned(images.targets))
-                inputs = [encode_distribution(model.vae, turned(x))[0] for x in images.inputs]
-                weight = torch.nn.functional.adaptive_avg_pool2d(turned(images.valid), mean.shape[-2:])
-                latents.append((torch.stack(inputs), mean, std, weight))
+                stacked = torch.stack([encode_distribution(model.vae, turned(x))[0] for x in images.inputs])
+                weight = torch.nn.functional.adaptive_avg_pool2d(turned(images.valid), (mean.shape[-2], mean.shape[-1]))
+                latents.append((stacked, mean, std, weight))
     tokens = torch.stack([model.tokenize(list(p)) for p in zip(*images.prompts, strict=True)])
     log.info("latents of %d images cached", 8 * (len(VARIANTS) + 1) * len(images.targets))
     losses: list[float] = []
