@@ -5,8 +5,10 @@ Everything heavy is imported inside the command that needs it.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -55,7 +57,9 @@ def setup(
         typer.echo(__version__)
         raise typer.Exit
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
     logging.captureWarnings(True)
     if not debug:
@@ -91,15 +95,19 @@ def sweep(
         _print_dry_run(config)
         return
     from crism_mlops.scenes.sources import load_scenes
-    from crism_mlops.tracking import Tracker
+    from crism_mlops.tracking import Tracker, shown
 
     tracker = Tracker(tracking_uri, config.experiment)
     progress = Progress()
     scenes = load_scenes(config.data, progress.scenes)
-    progress.say(f"{config.study}: {len(scenes)} scenes; tracking in {tracker.uri}")
+    progress.say(f"{config.study}: {len(scenes)} scenes; tracking in {shown(tracker.uri)}")
     from crism_mlops.studies.study import run_study
 
-    summary = run_study(config, scenes, tracker, storage, progress.listener())
+    try:
+        summary = run_study(config, scenes, tracker, storage, progress.listener())
+    except KeyboardInterrupt:
+        progress.say(f"{config.study}: interrupted; the same command goes on from here")
+        raise
     best = "" if summary.best_value is None else f"; best: trial {summary.best_number}, "
     best += "" if summary.best_value is None else f"{config.objective.metric} {summary.best_value:.4g}"
     progress.say(
@@ -114,7 +122,9 @@ def _print_dry_run(config: Any) -> None:
     from crism_mlops.studies.search_space import describe
 
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
-    typer.echo(f"\n# search space, {config.trials} trials in all, {config.objective.direction} {config.objective.metric}")
+    typer.echo(
+        f"\n# search space, {config.trials} trials in all, {config.objective.direction} {config.objective.metric}"
+    )
     for line in describe(config) or ["(nothing is searched)"]:
         typer.echo(f"#   {line}")
 
@@ -171,7 +181,7 @@ def promote(
     """
     from crism_mlops.registry.promote import CHAMPION
     from crism_mlops.registry.promote import promote as promote_best
-    from crism_mlops.tracking import Tracker
+    from crism_mlops.tracking import Tracker, shown
 
     tracker = Tracker(tracking_uri, experiment, create=False)
     done = promote_best(tracker, study, variant)
@@ -186,8 +196,13 @@ def promote(
         )  # fmt: skip
         return
     what = "promoted" if decision.accepted else "unchanged"
-    typer.echo(f"{what}: {done.name} version {done.version} is {CHAMPION}: {decision.candidate.name}; {decision.reason}")
-    typer.echo(f"serve it: mlflow models serve -m models:/{done.name}@{CHAMPION} --env-manager local --port 5001")
+    typer.echo(
+        f"{what}: {done.name} version {done.version} is {CHAMPION}: {decision.candidate.name}; {decision.reason}"
+    )
+    # Left to itself, the mlflow command looks into a store of its own.
+    store = "" if os.environ.get("MLFLOW_TRACKING_URI") == tracker.uri else f"MLFLOW_TRACKING_URI={shown(tracker.uri)} "
+    serve = f"mlflow models serve -m models:/{done.name}@{CHAMPION} --env-manager local --port 5001"
+    typer.echo(f"serve it: {store}{serve}")
 
 
 @app.command()
@@ -200,18 +215,26 @@ def ui(
 
     Example: crism-mlops ui --port 5000
     """
+    import socket
+
     from crism_mlops.errors import TrackingError
-    from crism_mlops.tracking import DEFAULT_ROOT, default_tracking_uri
+    from crism_mlops.tracking import DEFAULT_ROOT, default_tracking_uri, shown
 
     uri = tracking_uri or default_tracking_uri()
     if uri.startswith(("http://", "https://")):
-        typer.echo(f"the tracking store is a server with a UI of its own: {uri}")
+        typer.echo(f"the tracking store is a server with a UI of its own: {shown(uri)}")
         return
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise TrackingError(f"{uri}: no such store yet; run a sweep first, e.g. sweeps/quickstart-unet.yaml")
-    typer.echo(f"MLflow UI over {uri}: http://{host}:{port} (Ctrl-C stops it)")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
-    command += ["--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise TrackingError(f"cannot listen on {host}:{port} ({error.strerror}); try another --port") from error
+    typer.echo(f"MLflow UI over {shown(uri)}: http://{host}:{port} (Ctrl-C stops it)")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
     # The server starts helpers by name: the environment's own commands must be found.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.execve(sys.executable, command, {**os.environ, "PATH": path})
@@ -237,9 +260,9 @@ def evaluate(
     config = load_sweep(file, tuple(set_ or []))
     folder = Path(checkpoint).expanduser()
     if checkpoint.startswith("models:/"):
-        from crism_mlops.tracking import Tracker
+        from crism_mlops.tracking import download_checkpoint
 
-        folder = Tracker(tracking_uri, config.experiment).checkpoint(checkpoint)
+        folder = download_checkpoint(tracking_uri, checkpoint)
     progress = Progress()
     result = evaluate_checkpoint(folder, config, load_scenes(config.data, progress.scenes), split)
     if as_json:
@@ -286,14 +309,14 @@ def inspect_(
 
 
 def _print_json(content: Any) -> None:
-    """JSON has no NaN: an undefined figure is null."""
+    """JSON has neither NaN nor infinity: such a figure is null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: clean(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [clean(v) for v in value]
-        return None if isinstance(value, float) and value != value else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     typer.echo(json.dumps(clean(content), indent=2, allow_nan=False))
 
@@ -353,7 +376,9 @@ class Progress:
             ended=ended,
             floors=lambda variant, normalization: self.say(f"floors for {variant}, {normalization}"),
             hooks=Hooks(
-                step=lambda step, total, loss: self.live(f"{current['trial']}: step {step} of {total}, loss {loss:.4f}"),
+                step=lambda step, total, loss: self.live(
+                    f"{current['trial']}: step {step} of {total}, loss {loss:.4f}"
+                ),
                 report=lambda epoch, figures: self.live(
                     f"{current['trial']}: epoch {epoch}, val/rmse {figures['val/rmse']:.2f}"
                 ),
@@ -363,24 +388,22 @@ class Progress:
 
 
 def main() -> None:
-    """The console script: a CrismError is one line and exit code 1; Ctrl-C is 130."""
-    debug = "--debug" in sys.argv
+    """The console script: a CrismError is one line and exit code 1; Ctrl-C is 130 (Typer's doing)."""
     try:
         app()
     except CrismError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted; the same command goes on from here", err=True)
-        sys.exit(130)
+        _end(error, str(error))
     except OSError as error:
         # A full disk, a folder without permission: nothing of ours, still a line.
-        if debug:
-            raise
-        typer.echo(f"error: {error}; free space or check permissions, then run the same command again", err=True)
-        sys.exit(1)
+        hint = "; free space, then run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        _end(error, f"{error}{hint}")
+
+
+def _end(error: Exception, message: str) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

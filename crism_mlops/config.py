@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Iterator, Mapping
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from crism_mlops.errors import ConfigError
+
+if TYPE_CHECKING:
+    import yaml
 
 Variant = Literal["pnr", "bpn", "pca", "rect", "cassis4"]
 Normalization = Literal["physical", "percentile", "minmax"]
@@ -42,16 +56,10 @@ class SimulatedConfig(Section):
 class CarbonateConfig(Section):
     """When a pixel and when a scene bears carbonate (fractions of the valid pixels)."""
 
-    minimum_depth: float = Field(
-        0.010, gt=0.0, lt=1.0, description="MIN2295_2480 or MIN2345_2537 exceeds this"
-    )
+    minimum_depth: float = Field(0.010, gt=0.0, lt=1.0, description="MIN2295_2480 or MIN2345_2537 exceeds this")
     supporting_depth: float = Field(0.010, ge=0.0, lt=1.0, description="and D2300 or BD2500_2 exceeds this")
-    bearing_fraction: float = Field(
-        0.03, gt=0.0, lt=1.0, description="at least this share: carbonate-bearing"
-    )
-    barren_fraction: float = Field(
-        0.01, gt=0.0, lt=1.0, description="below this share: barren; between: unknown"
-    )
+    bearing_fraction: float = Field(0.03, gt=0.0, lt=1.0, description="at least this share: carbonate-bearing")
+    barren_fraction: float = Field(0.01, gt=0.0, lt=1.0, description="below this share: barren; between: unknown")
 
     @model_validator(mode="after")
     def _ordered(self) -> CarbonateConfig:
@@ -72,9 +80,7 @@ class DataConfig(Section):
     target_normalization: Literal["physical", "minmax"] = "physical"
     variant: Variant = "pnr"
     normalization: Normalization = "physical"
-    resolution: int = Field(
-        512, ge=32, le=2048, multiple_of=32, description="pixels a side that a model sees"
-    )
+    resolution: int = Field(512, ge=32, le=2048, multiple_of=32, description="pixels a side that a model sees")
     views: tuple[ViewName, ...] = ("whole", "vflip", "quarters", "rotations")
 
     @model_validator(mode="after")
@@ -85,7 +91,9 @@ class DataConfig(Section):
                     f"variant {self.variant} cannot be made from pairs: they hold PAN, NIR and RED only; "
                     "use variant pnr, or MTRDR scenes"
                 )
-            if "minmax" not in (self.normalization,) or self.target_normalization != "minmax":
+            if self.target != "fal":
+                raise ValueError(f"pairs hold the target fal, not {self.target}; use fal, or MTRDR scenes")
+            if self.normalization != "minmax" or self.target_normalization != "minmax":
                 raise ValueError(
                     "pairs are already stretched image by image; set data.normalization and "
                     "data.target_normalization to minmax"
@@ -147,13 +155,14 @@ class InstructPix2PixModel(Section):
     @field_validator("prompt")
     @classmethod
     def _known_fields(cls, prompt: str) -> str:
-        unknown = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None} - set(
-            PROMPT_FIELDS
-        )
+        fields = [part[1:] for part in Formatter().parse(prompt) if part[1] is not None]
+        unknown = {name for name, _, _ in fields} - set(PROMPT_FIELDS)
+        known = "a prompt may use {longitude}, {latitude}, {location}"
         if unknown:
-            raise ValueError(
-                f"no such field {sorted(unknown)}; a prompt may use {{longitude}}, {{latitude}}, {{location}}"
-            )
+            raise ValueError(f"no such field {sorted(map(str, unknown))}; {known}")
+        # A field is text by the time it is filled in; a number's format would fail in mid-trial.
+        if any(spec or conversion for _, spec, conversion in fields):
+            raise ValueError(f"a field takes no format of its own; {known}")
         return prompt
 
     @model_validator(mode="after")
@@ -220,6 +229,12 @@ class Choice(Section):
 class Uniform(Section):
     uniform: tuple[float, float]
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Uniform:
+        if not self.uniform[0] <= self.uniform[1]:
+            raise ValueError("uniform needs low <= high")
+        return self
+
 
 class LogUniform(Section):
     loguniform: tuple[float, float]
@@ -232,10 +247,42 @@ class LogUniform(Section):
 
 
 class Integer(Section):
+    """low, high and, optionally, step."""
+
     int: tuple[int, int] | tuple[int, int, int]
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Integer:
+        low, high, *step = self.int
+        if low > high or any(s < 1 for s in step):
+            raise ValueError("int needs low <= high, and a step of at least 1 where there is one")
+        return self
 
-Dimension = Choice | Uniform | LogUniform | Integer
+
+_DIMENSIONS = {"choice": "Choice", "uniform": "Uniform", "loguniform": "LogUniform", "int": "Integer"}
+
+
+def _dimension_kind(value: Any) -> str | None:
+    """Which class a search block's entry is; None, and so an error, where it is none or several."""
+    if isinstance(value, Section):
+        return type(value).__name__
+    if not isinstance(value, Mapping):
+        return None
+    kinds = [kind for key, kind in _DIMENSIONS.items() if key in value]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+Dimension = Annotated[
+    Annotated[Choice, Tag("Choice")]
+    | Annotated[Uniform, Tag("Uniform")]
+    | Annotated[LogUniform, Tag("LogUniform")]
+    | Annotated[Integer, Tag("Integer")],
+    Discriminator(
+        _dimension_kind,
+        custom_error_type="dimension",
+        custom_error_message="expected one of choice, uniform, loguniform, int, e.g. {{choice: [1, 2]}}",
+    ),
+]
 
 
 class Objective(Section):
@@ -280,14 +327,17 @@ class SweepConfig(RunConfig):
 
     def run_config(self, choices: Mapping[str, Any]) -> RunConfig:
         """The configuration of one trial. Raises ConfigError if a choice does not fit the model."""
+        try:
+            return self._with(choices)
+        except ValidationError as error:
+            raise ConfigError(f"search: {_explain(error, RunConfig)}") from error
+
+    def _with(self, choices: Mapping[str, Any]) -> RunConfig:
         content = {name: getattr(self, name) for name in RunConfig.model_fields}
         content = json.loads(RunConfig.model_construct(**content).model_dump_json())
         for key, value in choices.items():
             _set_dotted(content, key, value)
-        try:
-            return RunConfig.model_validate(content)
-        except ValidationError as error:
-            raise ConfigError(_explain(error, RunConfig, "search")) from error
+        return RunConfig.model_validate(content)
 
     @model_validator(mode="after")
     def _search_fits(self) -> SweepConfig:
@@ -295,13 +345,17 @@ class SweepConfig(RunConfig):
         for key, dimension in self.search.items():
             if key not in known:
                 raise ValueError(f"search.{key}: no such key for {self.model.kind}{_nearest(key, known)}")
-            if any(key == fixed or key.startswith(fixed + ".") for fixed in _FIXED):
+            # A section above a fixed key (data, model) would change it as well.
+            if any(f"{key}.".startswith(f"{fixed}.") or fixed.startswith(f"{key}.") for fixed in _FIXED):
                 raise ValueError(
                     f"search.{key}: it decides what is compared, so it is fixed for a study; "
                     "make a study for each value instead"
                 )
             for value in extremes(dimension):
-                self.run_config({key: value})
+                try:
+                    self._with({key: value})
+                except ValidationError as error:
+                    raise ValueError(f"search.{key}, value {value!r}: {_explain(error, RunConfig)}") from error
         return self
 
     @property
@@ -325,14 +379,16 @@ class SweepConfig(RunConfig):
 
 
 def extremes(dimension: Dimension) -> tuple[Any, ...]:
-    """Values of a dimension that must all be legal: every choice, or both ends."""
+    """Values of a dimension that must all be legal: every choice, or both ends (and one step up)."""
     if isinstance(dimension, Choice):
         return dimension.choice
     if isinstance(dimension, Uniform):
         return dimension.uniform
     if isinstance(dimension, LogUniform):
         return dimension.loguniform
-    return dimension.int[:2]
+    low, high, *step = dimension.int
+    # Where the ends are multiples of something, the step must be as well.
+    return tuple(dict.fromkeys((low, high, min(low + (step[0] if step else 1), high))))
 
 
 def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> SweepConfig:
@@ -340,33 +396,64 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> SweepConfig:
 
     Raises ConfigError naming file, key, what was found and the nearest known key.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a sweep file such as "
-                          "sweeps/quickstart-unet.yaml") from error  # fmt: skip
+        raise ConfigError(
+            f"{path}: cannot be read ({error}); give the path of a sweep file such as sweeps/quickstart-unet.yaml"
+        ) from error
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        content = _yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path}: expected keys such as study, experiment, data, model; found {type(content).__name__}"
         )
     for override in overrides:
+        shown = " ".join(override.split())
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {override}: expected key=value, e.g. --set train.epochs=3")
+            raise ConfigError(f"--set {shown}: expected key=value, e.g. --set train.epochs=3")
         try:
-            _set_dotted(content, key.strip(), yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not YAML") from error
+            _set_dotted(content, key.strip(), _yaml(value))
+        except ValueError as error:
+            raise ConfigError(f"--set {shown}: the value is not YAML: {error}") from error
     try:
         return SweepConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, SweepConfig, str(path))) from error
+        raise ConfigError(f"{path}: {_explain(error, SweepConfig)}") from error
+
+
+def _yaml(text: str) -> Any:
+    """YAML, safe-loaded; a key that stands twice is an error. Raises ValueError with one line."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML lets a date such as 2001-99-99 through to datetime's own ValueError.
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1 and key != "<<":
+                    raise yaml.YAMLError(f"the key {key} stands twice")
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 takes 1e-4 for text, as it has no dot; YAML 1.2 and every reader of a sweep do not.
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def digest_of(content: Any) -> str:
@@ -374,9 +461,7 @@ def digest_of(content: Any) -> str:
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def dotted_keys(
-    section: type[BaseModel], chosen: Mapping[str, type[BaseModel]] | None = None
-) -> Iterator[str]:
+def dotted_keys(section: type[BaseModel], chosen: Mapping[str, type[BaseModel]] | None = None) -> Iterator[str]:
     """Every key below a section, dotted; `chosen` names the model class of a union field."""
     for name, field in section.model_fields.items():
         yield name
@@ -403,6 +488,9 @@ def _set_dotted(content: dict[str, Any], key: str, value: Any) -> None:
     place = content
     for parent in parents:
         inner = place.setdefault(parent, {})
+        if inner is None:
+            # An empty section of a YAML file, or one that is optional.
+            inner = place[parent] = {}
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: {parent} is {inner!r}, not a section")
         place = inner
@@ -418,27 +506,35 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    leaf = key.rsplit(".", 1)[-1]
+    """What to try instead of an unknown key: the nearest one, or the keys of its section."""
+    section, _, leaf = key.rpartition(".")
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in sorted(known, reverse=True)}
     match = difflib.get_close_matches(key, known, 1, 0.6) or [
         by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)
     ]
-    return f"; did you mean {match[0]}?" if match else f"; known keys: {', '.join(sorted(known)[:40])}"
+    if match:
+        return f"; did you mean {match[0]}?"
+    siblings = sorted(name for name in known if name.rpartition(".")[0] == section) or sorted(known)
+    return f"; known keys: {', '.join(siblings[:40])}"
 
 
-def _explain(error: ValidationError, section: type[BaseModel], where: str) -> str:
+def _explain(error: ValidationError, section: type[BaseModel]) -> str:
     """One line of the first problem; the count of the others."""
     problems = error.errors()
     first = problems[0]
-    tags = {"unet", "instruct_pix2pix", "Choice", "Uniform", "LogUniform", "Integer"}
+    models: dict[str, type[BaseModel]] = {"unet": UNetModel, "instruct_pix2pix": InstructPix2PixModel}
+    tags = {*models, *_DIMENSIONS.values()}
     location = ".".join(str(part) for part in first["loc"] if part not in tags) or "(file)"
     if first["type"] == "extra_forbidden":
-        message = f"unknown key {location}{_nearest(location, set(dotted_keys(section)))}"
+        # The keys of the model that the file chose, not of the other one.
+        kind = next((str(part) for part in first["loc"] if part in models), None)
+        keys = set(dotted_keys(section, {"model": models[kind]} if kind else None))
+        message = f"unknown key {location}{_nearest(location, keys)}"
     elif first["type"] == "missing":
         message = f"{location} is missing; add it"
     else:
         found = first.get("input")
-        shown = "" if isinstance(found, (dict, BaseModel)) or location == "(file)" else f" (found {found!r})"
+        shown = "" if isinstance(found, (dict, BaseModel)) or location == "(file)" else f" (found {found!r:.100})"
         message = f"{location}: {first['msg'].removeprefix('Value error, ')}{shown}".replace("(file): ", "")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {message}{more}"
+    return " ".join(f"{message}{more}".split())

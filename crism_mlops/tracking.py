@@ -5,10 +5,14 @@ Tags and metrics are a contract that people filter by; they are listed in docs/t
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
+import socket
+import sqlite3
 import subprocess
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +38,7 @@ Kind = Literal["study", "trial", "floor", "ceiling"]
 Status = Literal["FINISHED", "KILLED", "FAILED", "RUNNING"]
 MODEL_CODE = Path(__file__).parent / "registry" / "pyfunc.py"
 _MAX_PARAM = 6000
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def default_tracking_uri() -> str:
@@ -62,41 +68,42 @@ class Tracker:
     def __init__(self, uri: str | None, experiment: str, *, create: bool = True) -> None:
         """Raises TrackingError where the store cannot be reached, or (create=False) holds no such experiment."""
         self.uri = uri or default_tracking_uri()
-        _reach(self.uri)
-        import mlflow
-        from mlflow.exceptions import MlflowException
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
-        self.client = mlflow.MlflowClient(self.uri, self.uri)
+        path = _sqlite_path(self.uri)
+        if not create and path is not None and not path.is_file():
+            raise TrackingError(f"{self.uri}: no such store yet; run a sweep first, e.g. sweeps/quickstart-unet.yaml")
+        self.client = connect(self.uri)
         self.experiment = experiment
-        try:
-            with _migration_lock(self.uri):
-                found = self.client.get_experiment_by_name(experiment)
-                if found is None and create:
-                    self.client.create_experiment(experiment, artifact_location=self._artifact_location(experiment))
-                    found = self.client.get_experiment_by_name(experiment)
-        except MlflowException as error:
-            raise TrackingError(f"tracking store {_shown(self.uri)}: {_one_line(error)}") from error
+        with translated(self.uri), _migration_lock(self.uri):
+            found = self.client.get_experiment_by_name(experiment)
+            if found is None and create:
+                found = self._create()
         if found is None:
             names = sorted(e.name for e in self.client.search_experiments() if e.name != "Default")
             raise TrackingError(
-                f"no experiment {experiment!r} in {_shown(self.uri)}; it holds {', '.join(names) or 'none'}"
+                f"no experiment {experiment!r} in {shown(self.uri)}; it holds {', '.join(names) or 'none'}"
             )
         if found.lifecycle_stage != "active":
             raise TrackingError(f"experiment {experiment!r} was deleted in MLflow; restore it or name another")
         self.experiment_id: str = found.experiment_id
 
-    def _artifact_location(self, experiment: str) -> str | None:
-        if not self.uri.startswith("sqlite:"):
+    def _create(self) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_experiment(self.experiment, artifact_location=self._artifact_location())
+        except MlflowException as error:
+            # Of two processes at one server the other one was faster.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return self.client.get_experiment_by_name(self.experiment)
+
+    def _artifact_location(self) -> str | None:
+        """Beside the SQLite file, or below mlruns/ for another database; a server has a place of its own."""
+        if self.uri.startswith(("http://", "https://")):
             return None
-        root = Path(urllib.parse.urlparse(self.uri).path.removeprefix("/") or DEFAULT_ROOT / "mlflow.db")
-        if self.uri.startswith("sqlite:////"):
-            root = Path("/") / root
-        safe = urllib.parse.quote(experiment, safe="")
-        return (root.parent / "artifacts" / safe).absolute().as_uri()
+        path = _sqlite_path(self.uri)
+        root = DEFAULT_ROOT if path is None else path.parent
+        return (root / "artifacts" / urllib.parse.quote(self.experiment, safe="")).absolute().as_uri()
 
     def start(
         self, name: str, kind: Kind, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None
@@ -108,7 +115,7 @@ class Tracker:
         commit = git_commit()
         if commit is not None:
             every["mlflow.source.git.commit"] = commit
-        with _translated(self.uri):
+        with translated(self.uri):
             run = self.client.create_run(self.experiment_id, tags=every, run_name=name)
             self.params(run.info.run_id, params)
         return str(run.info.run_id)
@@ -119,7 +126,7 @@ class Tracker:
 
         texts = {k: ("none" if v is None else str(v))[:_MAX_PARAM] for k, v in params.items()}
         if texts:
-            with _translated(self.uri):
+            with translated(self.uri):
                 self.client.log_batch(run_id, params=[Param(k, v) for k, v in texts.items()])
 
     def metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -129,31 +136,31 @@ class Tracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        with _translated(self.uri):
+        with translated(self.uri):
             self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags."""
         from mlflow.entities import RunTag
 
-        with _translated(self.uri):
+        with translated(self.uri):
             self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def text(self, run_id: str, text: str, file: str) -> None:
         """Log a text artifact."""
-        with _translated(self.uri):
+        with translated(self.uri):
             self.client.log_text(run_id, text, file)
 
     def figure(self, run_id: str, figure: Any, file: str) -> None:
         """Log a matplotlib figure as a picture."""
-        with _translated(self.uri):
+        with translated(self.uri):
             self.client.log_figure(run_id, figure, file)
 
     def table(self, run_id: str, rows: Any, file: str) -> None:
         """Log rows (dicts) as a table that MLflow's UI shows."""
         import pandas
 
-        with _translated(self.uri):
+        with translated(self.uri):
             self.client.log_table(run_id, pandas.DataFrame(list(rows)), file)
 
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
@@ -163,7 +170,7 @@ class Tracker:
         from crism_mlops import __version__
 
         pins = [f"crism-mlops=={__version__}", *(_pin(p) for p in ("torch", "diffusers", "transformers", "mlflow"))]
-        with _translated(self.uri), warnings.catch_warnings():
+        with translated(self.uri), warnings.catch_warnings():
             # MLflow asks for an input example: the signature says it all, and a scene is megabytes of JSON.
             warnings.filterwarnings("ignore", message=".*[Ii]nput example.*", category=UserWarning)
             with mlflow.start_run(run_id=run_id):
@@ -179,30 +186,37 @@ class Tracker:
             self.client.update_run(run_id, status="RUNNING")
         return str(info.model_id)
 
-    def checkpoint(self, model_uri: str) -> Path:
-        """The checkpoint folder of a logged or registered model, downloaded where it is remote."""
-        import mlflow
-
-        with _translated(self.uri):
-            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
-        return folder / "artifacts" / "checkpoint"
-
     def end(self, run_id: str, status: Status) -> None:
         """Give a run its final status."""
-        with _translated(self.uri):
+        with translated(self.uri):
             self.client.set_terminated(run_id, status=status)
 
+    def stop(self, run_id: str, how: str, why: str = "") -> None:
+        """End a run that was pruned or interrupted: KILLED, with a tag that says which."""
+        self.tags(run_id, {"crism.stopped": how, **({"crism.why": why} if why else {})})
+        self.end(run_id, "KILLED")
+
+    def fail(self, run_id: str, error: BaseException) -> None:
+        """End a run that failed: FAILED, with its traceback as an artifact."""
+        self.tags(run_id, {"crism.stopped": "failed", "crism.why": f"{type(error).__name__}: {one_line(error)}"})
+        self.text(run_id, "".join(traceback.format_exception(error)), "traceback.txt")
+        self.end(run_id, "FAILED")
+
     def reopen(self, run_id: str) -> None:
-        """A finished parent run runs again."""
-        with _translated(self.uri):
+        """An ended run runs again; how it ended last time is forgotten."""
+        with translated(self.uri):
+            for tag in {"crism.stopped", "crism.why"} & set(self.run(run_id).tags):
+                self.client.delete_tag(run_id, tag)
             self.client.update_run(run_id, status="RUNNING")
 
     def find(self, **tags: str) -> list[RunInfo]:
         """Runs of the experiment that carry all of these tags (`crism_kind` means crism.kind), oldest first."""
+        if any("'" in v for v in tags.values()):
+            return []  # MLflow's filter cannot say it, and no tag of ours holds a quote.
         terms = [f"tags.`{k.replace('_', '.', 1)}` = '{v}'" for k, v in tags.items()]
         runs: list[RunInfo] = []
         token = None
-        with _translated(self.uri):
+        with translated(self.uri):
             while True:
                 page = self.client.search_runs(
                     [self.experiment_id], " and ".join(terms), order_by=["attributes.start_time ASC"], page_token=token
@@ -214,28 +228,31 @@ class Tracker:
 
     def run(self, run_id: str) -> RunInfo:
         """One run by its id."""
-        with _translated(self.uri):
+        with translated(self.uri):
             return _info(self.client.get_run(run_id))
 
     def ui_url(self) -> str | None:
         """Where the experiment is seen, if the store is a server."""
-        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}" if self.uri.startswith("http") else None
+        return (
+            f"{shown(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}" if self.uri.startswith("http") else None
+        )
 
 
+@cache
 def git_commit() -> str | None:
     """The commit of the code that runs, with "+dirty" where files differ; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
+        # Installed below somebody's checkout, the code is not part of it.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+dirty" if dirty else "")
 
 
 def _signature(channels: int) -> Any:
@@ -274,65 +291,105 @@ def _info(run: Any) -> RunInfo:
     )
 
 
+def connect(uri: str) -> Any:
+    """A client of a tracking store and its registry, once it is known to answer."""
+    _reach(uri)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with translated(uri):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        return mlflow.MlflowClient(uri, uri)
+
+
+def download_checkpoint(uri: str | None, model_uri: str) -> Path:
+    """The checkpoint folder of a logged or registered model, downloaded where it is remote."""
+    uri = uri or default_tracking_uri()
+    connect(uri)
+    import mlflow
+
+    with translated(uri):
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
+    return folder / "artifacts" / "checkpoint"
+
+
 def _reach(uri: str) -> None:
     """Fail at once, in one line, where MLflow would retry for minutes."""
-    scheme = urllib.parse.urlparse(uri).scheme
-    if scheme in ("http", "https"):
-        url = uri.rstrip("/") + "/health"
-        try:
-            with urllib.request.urlopen(url, timeout=10):
-                return
-        except urllib.error.HTTPError:
-            return  # Something answers; what it thinks of us comes with the first real call.
-        except (OSError, ValueError) as error:
-            raise TrackingError(
-                f"tracking server {_shown(uri)} does not answer ({_one_line(error)}); start it, or use the local "
-                "store by leaving out --tracking-uri and MLFLOW_TRACKING_URI"
-            ) from error
-    if scheme == "sqlite":
-        path = Path(uri.removeprefix("sqlite:///"))
-        try:
+    parts = urllib.parse.urlsplit(uri)
+    path = _sqlite_path(uri)
+    try:
+        if parts.scheme in ("http", "https"):
+            # urllib takes what stands before an @ for a part of the host's name.
+            bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+            try:
+                urllib.request.urlopen(bare.rstrip("/") + "/health", timeout=10).close()
+            except urllib.error.HTTPError as answer:
+                answer.close()  # Something answers; what it thinks of us comes with the first real call.
+        elif path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrackingError(f"tracking store {uri}: {error}") from error
-    elif scheme in ("", "file"):
+            if path.exists():
+                connection = sqlite3.connect(path)
+                try:
+                    connection.execute("PRAGMA schema_version")
+                finally:
+                    connection.close()
+        elif parts.scheme in ("", "file"):
+            raise TrackingError(
+                f"tracking store {uri!r}: MLflow no longer takes plain folders; use sqlite:///FOLDER/mlflow.db "
+                "or a server"
+            )
+        elif parts.hostname and (port := parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])):
+            socket.create_connection((parts.hostname, port), timeout=10).close()
+    except (OSError, ValueError, http.client.HTTPException, sqlite3.Error) as error:
+        if path is not None:
+            raise TrackingError(f"tracking store {uri}: {one_line(error)}; name another with --tracking-uri") from error
         raise TrackingError(
-            f"tracking store {uri!r}: MLflow no longer takes plain folders; use sqlite:///FOLDER/mlflow.db or a server"
-        )
+            f"tracking server {shown(uri)} does not answer ({shown(uri, one_line(error))}); start it, or use the local "
+            "store by leaving out --tracking-uri and MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite URI (three slashes: relative, four: absolute), None for other stores."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 @contextmanager
 def _migration_lock(uri: str) -> Iterator[None]:
     """Several processes on a fresh SQLite file race in MLflow's schema migration."""
-    if not uri.startswith("sqlite:///"):
+    path = _sqlite_path(uri)
+    if path is None:
         yield
         return
     from filelock import FileLock
 
-    with FileLock(uri.removeprefix("sqlite:///") + ".lock"):
+    with FileLock(f"{path}.lock"):
         yield
 
 
 @contextmanager
-def _translated(uri: str) -> Iterator[None]:
+def translated(uri: str) -> Iterator[None]:
+    """MLflow's errors as a TrackingError of one line."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        raise TrackingError(f"tracking store {_shown(uri)}: {_one_line(error)}") from error
+        raise TrackingError(f"tracking store {shown(uri)}: {shown(uri, one_line(error))}") from error
 
 
-def _shown(uri: str) -> str:
-    """A URI without its password."""
-    parts = urllib.parse.urlparse(uri)
-    if parts.password is None:
-        return uri
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+def shown(uri: str, text: str | None = None) -> str:
+    """A URI without its password, or a text that may quote the URI."""
+    password = urllib.parse.urlsplit(uri).password
+    text = uri if text is None else text
+    return text.replace(f":{password}@", ":***@") if password else text
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks, cut to a readable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def flat_json(content: Any) -> str:

@@ -36,15 +36,16 @@ def train(
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps the first precision of a process for good; a later trial may have another.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=model.device == "cpu", mixed_precision=config.mixed_precision)
     parameters = [p for module in model.modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer = accelerator.prepare(optimizer)
     generator = torch.Generator().manual_seed(seed)
-    data = {name: tensor.to(model.device) for name, tensor in data.items()}
-    per_epoch = -(-len(weights) // config.batch_size)
-    total = per_epoch * config.epochs
+    total = _batch_count(weights, config.batch_size) * config.epochs
     step = 0
     for epoch in range(1, config.epochs + 1):
         for module in model.modules:
@@ -53,7 +54,7 @@ def train(
         for rows in _batches(weights, config.batch_size, generator):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-            batch = {name: tensor[rows.to(tensor.device)] for name, tensor in data.items()}
+            batch = {name: tensor[rows].to(model.device) for name, tensor in data.items()}
             with accelerator.autocast():
                 loss = model.loss(batch, generator)
             value = float(loss.detach())
@@ -76,11 +77,19 @@ def train(
 
 
 def _batches(weights: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Row numbers of one epoch's batches: a permutation, or draws by weight where weights differ."""
+    """Row numbers of one epoch's batches: a permutation, or draws by weight where weights differ.
+
+    Batches differ by one row at most: a last batch of a few leftovers would weigh each of them more
+    than the others, and batch normalisation has no statistics in a batch of one.
+    """
     import torch
 
     if bool((weights == weights[0]).all()):
         order = torch.randperm(len(weights), generator=generator)
     else:
         order = torch.multinomial(weights, len(weights), replacement=True, generator=generator)
-    yield from order.split(size)
+    yield from order.tensor_split(_batch_count(weights, size))
+
+
+def _batch_count(weights: torch.Tensor, size: int) -> int:
+    return -(-len(weights) // size)

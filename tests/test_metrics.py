@@ -35,15 +35,6 @@ Mask = NDArray[np.bool_]
 GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "data_range": 1.0, "use_sample_covariance": False}
 
 
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    named = os.environ.get("CRISM_MLOPS_REAL_DATA")
-    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
-    if not (folder / "scene_pairs").is_dir():
-        pytest.skip(f"no real data at {folder}: set CRISM_MLOPS_REAL_DATA")
-    return folder
-
-
 @pytest.fixture
 def fresh_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No weights in the environment or torchvision's cache, and no network left in load_lpips's cache."""

@@ -29,14 +29,18 @@ STEM = "frt0000643d_07_if164j_mtr3"
 CUBE = np.array([[[100 * y + 10 * x + b for b in range(5)] for x in range(4)] for y in range(3)], dtype=float)
 
 
+def one_line(error: BaseException) -> str:
+    message = str(error)
+    assert message.strip()
+    assert "\n" not in message
+    return message
+
+
 def refused(header: Path) -> str:
     """The message of the ProductError that opening (and reading) a header raises; one line."""
     with pytest.raises(ProductError) as caught:
         open_product(header).read([0])
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.strip()
-    return message
+    return one_line(caught.value)
 
 
 # --- names
@@ -218,9 +222,7 @@ def test_truncated_image(write_envi: Write, tmp_path: Path) -> None:
     header = write_envi(tmp_path, CUBE)
     image = header.with_suffix(".img")
     image.write_bytes(image.read_bytes()[:-1])
-    assert "239 bytes, but its header describes 240; the file is truncated, download it again" in refused(
-        header
-    )
+    assert "239 bytes, but its header describes 240; the file is truncated, download it again" in refused(header)
 
 
 def test_missing_image(write_envi: Write, tmp_path: Path) -> None:
@@ -302,7 +304,7 @@ def test_nothing_but_product_errors(
             assert -180.0 <= longitude <= 180.0
             assert np.isfinite(latitude)
         except ProductError as error:
-            assert "\n" not in str(error)
+            one_line(error)
 
 
 # --- folders
@@ -339,9 +341,7 @@ def test_mixed_observations(write_envi: Write, tmp_path: Path) -> None:
         ("frt0000643d_07_if164j_mtr2", "frt0000643d_07_if164j_mtr3", "frt0000643d_07_if164j_mtr3"),
     ],
 )
-def test_map_projected_product_wins(
-    write_envi: Write, tmp_path: Path, one: str, other: str, best: str
-) -> None:
+def test_map_projected_product_wins(write_envi: Write, tmp_path: Path, one: str, other: str, best: str) -> None:
     for stem in (one, other):
         write_envi(tmp_path, CUBE, stem=stem)
     assert open_observation(tmp_path)["if"].path.stem == best

@@ -129,7 +129,7 @@ def test_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProductError, match=r"cannot be written \(Permission denied\); set data.cache"):
         write_simulation(SMALL, tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ProductError, match="set data.cache"):
+    with pytest.raises(ProductError, match=r"set data\.cache"):
         write_simulation(SMALL, tmp_path / "file")
 
 
@@ -237,9 +237,7 @@ LITERATURE = [
 ]  # fmt: skip
 
 
-def band_minimum(
-    wavelengths: NDArray[np.float64], values: NDArray[np.float64], low: float, high: float
-) -> float:
+def band_minimum(wavelengths: NDArray[np.float64], values: NDArray[np.float64], low: float, high: float) -> float:
     inside = (wavelengths >= low) & (wavelengths <= high)
     x, y = wavelengths[inside], values[inside]
     return float(x[np.argmin(y / np.interp(x, [x[0], x[-1]], [y[0], y[-1]]))])
@@ -326,12 +324,7 @@ def test_photon_noise_is_as_stated() -> None:
     wavelengths = mtrdr_wavelengths()
     cube = simulate._draw_scene(np.random.default_rng(1), 32).cube.astype(float)
     inside = cube[:, 12:20, 12:20]
-    good = (
-        (inside > 0).all(axis=(1, 2))
-        & (inside < 1.2).all(axis=(1, 2))
-        & (wavelengths > 1100)
-        & (wavelengths < 1300)
-    )
+    good = (inside > 0).all(axis=(1, 2)) & (inside < 1.2).all(axis=(1, 2)) & (wavelengths > 1100) & (wavelengths < 1300)
     channels = np.flatnonzero(good)
     # The spectrum is smooth there: second differences of neighbouring channels hold noise only.
     second = np.diff(inside[channels], n=2, axis=0)
@@ -344,8 +337,7 @@ def test_carbonate_depends_on_the_region() -> None:
     shares = {}
     for region in REGIONS:
         drawn = [
-            simulate._abundances(np.random.default_rng([i, 5]), 8, region)[0][-2:].sum(axis=0).max()
-            for i in range(150)
+            simulate._abundances(np.random.default_rng([i, 5]), 8, region)[0][-2:].sum(axis=0).max() for i in range(150)
         ]
         # A barren scene holds none that could be measured.
         assert not any(1e-3 < value < 2e-3 for value in drawn)

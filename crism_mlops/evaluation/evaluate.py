@@ -18,6 +18,7 @@ from crism_mlops.config import EvaluateConfig
 from crism_mlops.dataset.manifest import Pair
 from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.views import WHOLE, apply_view
+from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.metrics import METRICS, PROTOCOLS, UndefinedMetricWarning, score
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,17 @@ class ScoreTable:
     def means(self, protocol: str, ids: Sequence[str] | None = None) -> dict[str, float]:
         """Mean of each metric over the scenes (or those named in `ids`).
 
-        NaN where any of them is undefined: a mean over fewer scenes would not say so.
+        NaN where any of them is undefined: a mean over fewer scenes would not say so. Raises
+        EvaluationError where there is no scene, or a named one was not scored.
         """
-        chosen = [r for r in self.rows if ids is None or r["observation_id"] in set(ids)]
+        wanted = None if ids is None else set(ids)
+        chosen = [r for r in self.rows if wanted is None or r["observation_id"] in wanted]
+        missing = sorted((wanted or set()) - {r["observation_id"] for r in chosen})
+        if missing or not chosen:
+            raise EvaluationError(
+                f"no {protocol} scores of {', '.join(missing[:5]) or 'any scene'}; "
+                f"{len(self.rows)} scenes were scored; score the same split that is averaged"
+            )
         return {name: float(np.mean([r[f"{protocol}/{name}"] for r in chosen])) for name in METRICS}
 
     def csv(self) -> str:

@@ -1,4 +1,4 @@
-"""Panel pictures: input | truth | prediction | absolute error, one row a scene."""
+"""Panel pictures: input | truth | prediction | RMS error over channels, one row a scene."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ from crism_mlops.models.unet import UNet
 
 CARD = "crism.json"
 FORMAT = 1
-_REFUSED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".py"}
+_REFUSED = {
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".dill", ".npy", ".npz", ".joblib", ".h5", ".msgpack", ".onnx",
+    ".py", ".pyc", ".so",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What `crism.json` says: the run's configuration, the input transform, the data digest, the
-    epoch and step it was taken at, its validation score, and a digest of every weight file."""
+    epoch and step it was taken at, its validation score, and a digest of every other file."""
 
     config: RunConfig
     transform: InputTransform
@@ -43,12 +46,16 @@ class Checkpoint:
 
 def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     """Write a model's folder, replacing an older one; returns the checkpoint with file digests."""
+    from safetensors import SafetensorError
+
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    previous = folder.with_name(f".{folder.name}.previous")
     try:
+        for leftover in (partial, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
         model.save(partial)
-        files = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*.safetensors"))}
+        files = {p.relative_to(partial).as_posix(): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         content = {
             "format": FORMAT,
             "config": checkpoint.config.model_dump(mode="json"),
@@ -59,23 +66,32 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
             "score": checkpoint.score,
             "files": files,
         }
-        (partial / CARD).write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
+        (partial / CARD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(previous)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            if previous.exists():
+                previous.rename(folder)
+            raise
+    # A full disk is an OSError to Python's writers and a SafetensorError to that of weights.
+    except (OSError, SafetensorError) as error:
+        kept = "the previous one is kept; " if folder.exists() else ""
+        raise ModelError(
+            f"{folder}: the checkpoint cannot be written ({error}); {kept}make room or give another folder"
+        ) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise ModelError(f"{folder}: the checkpoint cannot be written ({error}); the previous one is kept") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return Checkpoint(
-        checkpoint.config, checkpoint.transform, checkpoint.data_digest, checkpoint.epoch, checkpoint.step,
-        checkpoint.score, files,
-    )  # fmt: skip
+    shutil.rmtree(previous, ignore_errors=True)
+    return replace(checkpoint, files=files)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """What a checkpoint folder says of itself, after checking its files.
 
-    Raises ModelError for a folder that is no checkpoint, a weight file that does not match its
-    digest, or a file of a kind that could run code when it is read.
+    Raises ModelError for a folder that is no checkpoint, a file that does not match its digest or
+    is missing, an extra weight file, or a file of a kind that could run code when it is read.
     """
     card = folder / CARD
     if not card.is_file():
@@ -84,19 +100,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if refused:
         raise ModelError(f"{refused[0]}: refused; a checkpoint holds safetensors and JSON files only, and no links")
     try:
-        content: dict[str, Any] = json.loads(card.read_text())
+        content: dict[str, Any] = json.loads(card.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
         config = RunConfig.model_validate(content["config"])
         transform = _transform(content["transform"])
         checkpoint = Checkpoint(
             config, transform, str(content["data_digest"]), int(content["epoch"]), int(content["step"]),
             content["score"], dict(content["files"]),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(f"{card}: damaged or of another version ({' '.join(str(error).split())[:160]})") from error
-    found = {str(p.relative_to(folder)) for p in folder.rglob("*.safetensors")}
-    if found != set(checkpoint.files):
-        odd = sorted(found ^ set(checkpoint.files))
-        raise ModelError(f"{folder}: weight files and {CARD} disagree about {', '.join(odd)}")
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    if missing := sorted(set(checkpoint.files) - found):
+        raise ModelError(f"{folder}: {', '.join(missing)} named in {CARD} but missing; copy the whole folder again")
+    # A note or a licence beside the weights does no harm; more weights would be loaded unchecked.
+    if extra := sorted(n for n in found - set(checkpoint.files) if n.endswith(".safetensors")):
+        raise ModelError(f"{folder}: {', '.join(extra)} not named in {CARD}; a checkpoint's weights are those it names")
     for name, digest in checkpoint.files.items():
         if _digest(folder / name) != digest:
             raise ModelError(f"{folder / name}: does not match its digest in {CARD}; the file was changed or damaged")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crism_mlops.dataset.manifest import Pair
+from crism_mlops.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,20 @@ class LinearFloor:
 
 
 def fit_linear(pairs: Sequence[Pair]) -> LinearFloor:
-    """Least squares over the valid pixels of the train scenes."""
-    images = np.concatenate([p.image[p.scene.valid] for p in pairs]).astype(np.float64)
-    truths = np.concatenate([p.truth[p.scene.valid] for p in pairs]).astype(np.float64)
-    design = np.column_stack([images, np.ones(len(images))])
-    solution, *_ = np.linalg.lstsq(design, truths, rcond=None)
+    """Least squares over the valid pixels of the train scenes, one scene at a time.
+
+    The triangle of a QR decomposition stands for all pixels so far: it holds (C + 4)^2 numbers, not
+    the hundreds of millions of pixels of a full study. Raises ModelError where no pixel is valid.
+    """
+    channels = pairs[0].image.shape[-1]
+    triangle = np.zeros((0, channels + 4))
+    for pair in pairs:
+        image, truth = (x[pair.scene.valid].astype(np.float64) for x in (pair.image, pair.truth))
+        rows = np.column_stack([image, np.ones(len(image)), truth])
+        triangle = np.linalg.qr(np.vstack([triangle, rows]), mode="r")
+    if not triangle.any():
+        raise ModelError(f"the linear floor has no valid pixel to fit in {len(pairs)} train scenes; check their masks")
+    solution, *_ = np.linalg.lstsq(triangle[:, : channels + 1], triangle[:, channels + 1 :], rcond=None)
     return LinearFloor(
         weights=tuple(tuple(map(float, row)) for row in solution[:-1]), offset=tuple(map(float, solution[-1]))
     )

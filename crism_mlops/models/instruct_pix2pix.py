@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 ENCODE_CHUNK = 16
 TINY = "tiny"
+GROUPS = 16  # of channels, in the group normalisation of a U-Net made here
 
 
 class InstructPix2Pix:
@@ -78,7 +79,8 @@ class InstructPix2Pix:
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Token ids N x 77 int64. Raises ModelError for a prompt that would be cut off."""
-        limit = self.tokenizer.model_max_length
+        # A tokenizer saved without its limit claims 10^30 tokens.
+        limit = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         for prompt in set(prompts):
             length = len(self.tokenizer(prompt).input_ids)
             if length > limit:
@@ -135,6 +137,13 @@ class InstructPix2Pix:
         with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
             return self.text_encoder(unique)[0][where]  # type: ignore[no-any-return]
 
+    def _embed_alone(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Hidden states N x 77 x D, each prompt encoded by itself: the same bits whatever the others are."""
+        import torch
+
+        states = {p: self._embed(self.tokenize([p]).to(self.device)) for p in dict.fromkeys(prompts)}
+        return torch.cat([states[p] for p in prompts])
+
     def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
         """N x 3 x R x R in [-1, 1] -> prediction of the same shape, on the CPU.
 
@@ -146,12 +155,14 @@ class InstructPix2Pix:
         from diffusers import DDIMScheduler
 
         image_scale, text_scale = self.config.image_guidance, self.config.text_guidance
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        # DDIM clips to [-1, 1] unless told otherwise, which is for pixels; latents reach beyond.
+        clip = self.scheduler.config.get("clip_sample", False)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=clip)
         scheduler.set_timesteps(self.config.steps)
         with torch.inference_mode():
             condition, _ = encode_distribution(self.vae, images.to(self.device))
-            text = self._embed(self.tokenize(prompts).to(self.device))
-            no_text = self._embed(self.tokenize([""] * len(prompts)).to(self.device))
+            text = self._embed_alone(prompts)
+            no_text = self._embed_alone([""] * len(prompts))
             passes = [
                 (1.0 - image_scale, torch.zeros_like(condition), no_text),
                 (image_scale - text_scale, condition, no_text),
@@ -209,6 +220,8 @@ def build(config: InstructPix2PixModel, seed: int, device: str = "cpu") -> Instr
 
 def load(folder: Path, config: InstructPix2PixModel, device: str = "cpu") -> InstructPix2Pix:
     """A model from a checkpoint's pipeline folder."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; give the folder of a saved pipeline")
     return InstructPix2Pix(_load_parts(str(folder)), config, device)
 
 
@@ -222,17 +235,26 @@ def _load_parts(source: str) -> dict[str, Any]:
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     folder = Path(source).expanduser()
+    local = folder.is_dir()
+    if not local and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
+        raise ModelError(f"model.pretrained: no folder {source!r}; give one in diffusers layout, or use tiny")
     try:
         loaded = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            str(folder) if folder.is_dir() else source,
+            str(folder) if local else source,
             dtype=torch.float32,
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # The hub's client and six libraries' readers raise a dozen kinds of error here.
         reason = " ".join(str(error).split())[:160]
+        if local:
+            raise ModelError(
+                f"{folder}: not an InstructPix2Pix pipeline in diffusers layout with safetensors "
+                f"({type(error).__name__}: {reason}); write or download it again"
+            ) from error
         raise ModelError(
             f"model.pretrained: {source!r} cannot be loaded ({reason}); where the hub cannot be reached, download "
             "it elsewhere and give its folder with --set model.pretrained=FOLDER, or use model.pretrained=tiny"
@@ -254,13 +276,15 @@ def _load_autoencoder(folder: Path) -> Any:
     import json
 
     import diffusers
+    from safetensors import SafetensorError
 
+    folder = folder.expanduser()
     try:
         kind = json.loads((folder / "config.json").read_text())["_class_name"]
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ModelError(f"model.vae: {folder} holds a {kind}; expected AutoencoderKL or AutoencoderTiny")
         return getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True).float()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.vae: {folder} is not an autoencoder in diffusers layout ({' '.join(str(error).split())[:120]})"
         ) from error
@@ -273,7 +297,12 @@ def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
 
     widths = config.block_channels
     latent = parts["vae"].config.latent_channels
-    with torch.random.fork_rng():
+    if any(w % GROUPS for w in widths) or any(w % config.attention_head_dim for w in widths[1:]):
+        raise ModelError(
+            f"model.scratch_unet.block_channels: found {list(widths)}; all must be multiples of {GROUPS} (groups of "
+            f"the normalisation), and all but the first of attention_head_dim ({config.attention_head_dim})"
+        )
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel(
             sample_size=32,
@@ -285,6 +314,7 @@ def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
             down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)),
             up_block_types=(*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"),
             cross_attention_dim=parts["text_encoder"].config.hidden_size,
+            # diffusers reads this as the number of heads, whatever it is called.
             attention_head_dim=config.attention_head_dim,
-            norm_num_groups=16,
+            norm_num_groups=GROUPS,
         )

@@ -19,7 +19,8 @@ class UNet:
     """Image to image regression; the loss counts pixels that show data."""
 
     def __init__(self, module: Any, config: UNetModel, device: str = "cpu") -> None:
-        self.module = module.to(device)
+        # A new module is in training mode; normalised by the batch, a prediction would depend on its neighbours.
+        self.module = module.to(device).eval()
         self.config = config
         self.device = device
 
@@ -40,7 +41,15 @@ class UNet:
 
     def loss(self, batch: Tensors, generator: torch.Generator) -> torch.Tensor:
         """Mean squared error over the pixels that show data; a scalar, in units of the image's [-1, 1]."""
-        output = self.module(batch["input"])
+        try:
+            output = self.module(batch["input"])
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ModelError(
+                "a batch of one image is a single pixel at the U-Net's deepest level, and batch normalisation "
+                "needs two; set train.batch_size to 2 or more (with more than one sample) or raise data.resolution"
+            ) from error
         weight = batch["weight"]
         error = (output.float() - batch["target"]) ** 2 * weight
         return error.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
@@ -62,7 +71,7 @@ def build(config: UNetModel, channels: int, seed: int, device: str = "cpu") -> U
     import segmentation_models_pytorch as smp
     import torch
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             module = smp.create_model(
@@ -92,9 +101,14 @@ def build(config: UNetModel, channels: int, seed: int, device: str = "cpu") -> U
 def load(folder: Path, config: UNetModel, device: str = "cpu") -> UNet:
     """A model from a checkpoint folder."""
     import segmentation_models_pytorch as smp
+    from safetensors import SafetensorError
 
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        # smp would take the folder's name for one on the hub.
+        raise ModelError(f"{folder}: not a saved U-Net (config.json and model.safetensors expected)")
     try:
-        module = smp.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+        # The saved configuration names the weights that training started from; they are not needed again.
+        module = smp.from_pretrained(str(folder), encoder_weights=None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not a saved U-Net ({' '.join(str(error).split())[:120]})") from error
     return UNet(module, config, device)

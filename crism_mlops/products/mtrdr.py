@@ -46,9 +46,7 @@ def parse_name(path: Path) -> ProductName | None:
     match = _NAME.match(path.name.split(".")[0].lower())
     if match is None:
         return None
-    return ProductName(
-        match["observation"], match["kind"], match["sensor"], match["level"], int(match["version"])
-    )
+    return ProductName(match["observation"], match["kind"], match["sensor"], match["level"], int(match["version"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +117,7 @@ class Product:
         """Index of a band by its name; raises ProductError with the names there are."""
         names = self.band_names or ()
         if name not in names:
-            raise ProductError(
-                f"{self.path.name}: no band {name!r}; it holds {', '.join(names) or 'no names'}"
-            )
+            raise ProductError(f"{self.path.name}: no band {name!r}; it holds {', '.join(names) or 'no names'}")
         return names.index(name)
 
 
@@ -133,9 +129,7 @@ def open_product(header: Path) -> Product:
     """
     name = parse_name(header)
     if name is None:
-        raise ProductError(
-            f"{header.name}: not the name of a CRISM product (e.g. frt0000643d_07_if164j_mtr3.hdr)"
-        )
+        raise ProductError(f"{header.name}: not the name of a CRISM product (e.g. frt0000643d_07_if164j_mtr3.hdr)")
     fields = _header_fields(header)
     image = _image_beside(header)
     try:
@@ -164,8 +158,7 @@ def open_product(header: Path) -> Product:
     found = image.stat().st_size
     if found < expected:
         raise ProductError(
-            f"{image}: {found} bytes, but its header describes {expected}; "
-            "the file is truncated, download it again"
+            f"{image}: {found} bytes, but its header describes {expected}; the file is truncated, download it again"
         )
     if wavelengths_nm is not None:
         if wavelengths_nm.size != shape[2]:

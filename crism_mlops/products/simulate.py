@@ -58,9 +58,7 @@ def _axis(name: str) -> NDArray[np.float64]:
     return np.array(json.loads(text), dtype=np.float64)
 
 
-def write_simulation(
-    simulation: Simulation, root: Path, on_scene: Callable[[int, int], None] | None = None
-) -> Path:
+def write_simulation(simulation: Simulation, root: Path, on_scene: Callable[[int, int], None] | None = None) -> Path:
     """Write the observations that are not there yet; returns their folder below `root`.
 
     Each observation is written under a temporary name and renamed, so a killed call leaves
@@ -120,9 +118,7 @@ class _Drawn:
     latitude: float
 
 
-def _field(
-    rng: np.random.Generator, size: int, slope: float, stretch: float = 1.0, angle: float = 0.0
-) -> Any:
+def _field(rng: np.random.Generator, size: int, slope: float, stretch: float = 1.0, angle: float = 0.0) -> Any:
     """A Gaussian random field with power spectrum k^-2*slope, unit variance, H x W float64.
 
     `stretch` > 1 draws the field out along `angle` (radians): dunes, layers, fractures.
@@ -270,9 +266,7 @@ def _de_fields() -> dict[str, Any]:
     return {"wavelength units": "Unknown", "default bands": [1, 1, 1], "band names": list(_DE_NAMES)}
 
 
-def _write_product(
-    folder: Path, stem: str, image: NDArray[np.float32], scene: _Drawn, fields: dict[str, Any]
-) -> None:
+def _write_product(folder: Path, stem: str, image: NDArray[np.float32], scene: _Drawn, fields: dict[str, Any]) -> None:
     """Image (B x H x W, bsq), ENVI header with the archive's fields, and a PDS3 label."""
     import pvl
     from spectral.io import envi

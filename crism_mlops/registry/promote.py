@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from crism_mlops.config import Variant
 from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
-from crism_mlops.errors import PromotionError
-from crism_mlops.tracking import RunInfo, Tracker
+from crism_mlops.errors import PromotionError, TrackingError
+from crism_mlops.tracking import RunInfo, Tracker, one_line, translated
 
 log = logging.getLogger(__name__)
 MODEL_NAME = "crism-instruct-pix2pix"
 CHAMPION = "champion"
+# Params of a study's run that must be alike where trials of several studies are compared.
+_GROUNDS = ("objective", "scenes_digest", "data.target", "data.target_normalization")
 _MAXIMISED = ("val/pcc", "val/cosine", "val/ssim")
 
 
@@ -44,14 +47,14 @@ def decide(
     `runs` are all runs of the experiment (or of one study), `studies` the parent runs. Without
     `variant` only variants that four CaSSIS bands can give are looked at.
     Raises PromotionError where there is no candidate, or where candidates' figures cannot be
-    compared (studies on other data, or with another objective).
+    compared (studies on other data, on another scale, or with another objective).
     """
     parents = {s.tags.get("crism.study"): s for s in studies}
     finished = [
         r
         for r in runs
         if r.kind == "trial" and r.status == "FINISHED" and r.tags.get("crism.model") == "instruct_pix2pix"
-        and "crism.model_id" in r.tags and "objective" in r.metrics
+        and "crism.model_id" in r.tags and math.isfinite(r.metrics.get("objective", math.nan))
     ]  # fmt: skip
     wanted = [r for r in finished if _wanted(r.tags.get("crism.variant", ""), variant)]
     if not wanted:
@@ -61,17 +64,21 @@ def decide(
             f"no finished InstructPix2Pix trial with {asked} (finished variants: {kinds}); run a sweep such as "
             "crism-mlops sweep sweeps/ip2p.yaml, or name another --variant"
         )
-    used = {r.tags.get("crism.study") for r in wanted}
-    grounds = {
-        (parents[s].params.get("objective"), parents[s].params.get("scenes_digest")) for s in used if s in parents
-    }
-    if len(grounds) > 1:
-        names = ", ".join(sorted(str(s) for s in used))
+    used = sorted({r.tags.get("crism.study", "") for r in wanted})
+    orphans = [name for name in used if name not in parents]
+    if orphans:
         raise PromotionError(
-            f"studies {names} differ in data or objective, so their figures cannot be compared; name one: "
+            f"study {orphans[0]} has trials but no run of its own in MLflow, so nobody can say what they were chosen "
+            "by; restore its deleted run, or name another study: crism-mlops promote STUDY"
+        )
+    grounds = {tuple(parents[name].params.get(key) for key in _GROUNDS) for name in used}
+    if len(grounds) > 1:
+        differ = [key for key, values in zip(_GROUNDS, zip(*grounds, strict=True), strict=True) if len(set(values)) > 1]
+        raise PromotionError(
+            f"studies {', '.join(used)} differ in {', '.join(differ)}, so their figures cannot be compared; name one: "
             "crism-mlops promote STUDY"
         )
-    objective = next((o for o, _ in grounds if o), "val/rmse")
+    objective = parents[used[0]].params.get("objective", "val/rmse")
     sign = -1.0 if objective in _MAXIMISED else 1.0
     best = min(wanted, key=lambda r: sign * r.metrics["objective"])
     value = best.metrics["objective"]
@@ -107,7 +114,8 @@ def promote(tracker: Tracker, study: str | None = None, variant: str | None = No
         assert champion is not None
         return Promotion(decision, name, champion[1])
     version = _version_of(tracker, name, decision)
-    tracker.client.set_registered_model_alias(name, CHAMPION, version)
+    with translated(tracker.uri):
+        tracker.client.set_registered_model_alias(name, CHAMPION, version)
     return Promotion(decision, name, version)
 
 
@@ -117,10 +125,8 @@ def _version_of(tracker: Tracker, name: str, decision: Decision) -> str:
     from mlflow.exceptions import MlflowException
 
     run = decision.candidate
-    try:
+    with translated(tracker.uri):
         known = tracker.client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
-    except MlflowException:
-        known = []
     if known:
         return str(known[0].version)
     tags: dict[str, Any] = {
@@ -136,18 +142,20 @@ def _version_of(tracker: Tracker, name: str, decision: Decision) -> str:
     try:
         made = mlflow.register_model(f"models:/{run.tags['crism.model_id']}", name, tags=tags)
     except MlflowException as error:
-        raise PromotionError(f"run {run.name}: cannot be registered ({' '.join(str(error).split())[:200]})") from error
+        raise PromotionError(f"run {run.name}: cannot be registered ({one_line(error)})") from error
     return str(made.version)
 
 
 def _champion(tracker: Tracker, name: str) -> tuple[str, str] | None:
     """Run id and version of the present champion."""
-    from mlflow.exceptions import MlflowException
-
     try:
-        version = tracker.client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
-        return None
+        with translated(tracker.uri):
+            version = tracker.client.get_model_version_by_alias(name, CHAMPION)
+    except TrackingError as error:
+        # No such model, or one without the alias; anything else is the server's trouble.
+        if getattr(error.__cause__, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
     return str(version.tags.get("crism.run_id") or version.run_id), str(version.version)
 
 

@@ -63,7 +63,8 @@ def checked(model_input: Any) -> np.ndarray[Any, Any]:
     images = np.asarray(model_input, dtype=np.float32)
     if images.ndim != 4 or 0 in images.shape or len(images) > MAX_IMAGES or max(images.shape[1:3]) > MAX_SIDE:
         raise MlflowException.invalid_parameter_value(
-            f"input has shape {images.shape}; expected N x H x W x C with N up to {MAX_IMAGES}, H and W up to {MAX_SIDE}"
+            f"input has shape {images.shape}; expected N x H x W x C with N up to {MAX_IMAGES}, "
+            f"H and W up to {MAX_SIDE}"
         )
     if not np.isfinite(images).all() or images.min() < 0.0 or images.max() > 1.0:
         raise MlflowException.invalid_parameter_value(

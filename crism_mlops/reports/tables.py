@@ -25,7 +25,7 @@ def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
     states = [row["state"] for row in rows if row["kind"] == "trial"]
     objective = parents[-1].tags.get("crism.objective", "val/rmse") if parents else "val/rmse"
     sign = -1.0 if objective.split("/")[-1] in ("pcc", "cosine", "ssim") else 1.0
-    finished = [r for r in trials if r.status == "FINISHED" and "objective" in r.metrics]
+    finished = [r for r in trials if r.status == "FINISHED" and math.isfinite(r.metrics.get("objective", math.nan))]
     best = min(finished, key=lambda r: sign * r.metrics["objective"], default=None)
     return {
         "study": name,
@@ -36,6 +36,7 @@ def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
         "counts": {state: states.count(state) for state in sorted(set(states))},
         "objective": objective,
         "best_run": None if best is None else best.name,
+        "best_run_id": None if best is None else best.run_id,
         "rows": rows,
     }
 
@@ -76,8 +77,10 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
         for status in statuses:
             order = {"trial": 0, "floor": 1, "ceiling": 2}
             for row in sorted(status["rows"], key=lambda r: order.get(r["kind"], 3)):
-                best = row["run"] == status["best_run"]
+                best = row["run_id"] == status["best_run_id"]
                 state = row["state"] if row["kind"] == "trial" else row["kind"]
+                if row["kind"] != "trial" and row["state"] != "finished":
+                    state += f", {row['state']}"
                 table.add_row(
                     ("* " if best else "") + row["run"],
                     state,
@@ -93,7 +96,7 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
 def headline(status: dict[str, Any]) -> str:
     """One line: how many trials, in which state, and the best one's objective."""
     counts = ", ".join(f"{n} {state}" for state, n in status["counts"].items()) or "no trials yet"
-    best = next((r for r in status["rows"] if r["run"] == status["best_run"]), None)
+    best = next((r for r in status["rows"] if r["run_id"] == status["best_run_id"]), None)
     value = "" if best is None else f"; best {best['run']}: {status['objective']} " + _figure(
         best["scores"].get(status["objective"]), status["objective"].split("/")[-1]
     )  # fmt: skip
@@ -102,14 +105,14 @@ def headline(status: dict[str, Any]) -> str:
 
 def against_floors(status: dict[str, Any]) -> list[str]:
     """For the best trial: does it beat each floor of its own input variant, on test?"""
-    best = next((r for r in status["rows"] if r["run"] == status["best_run"]), None)
+    best = next((r for r in status["rows"] if r["run_id"] == status["best_run_id"]), None)
     if best is None:
         return []
     lines = []
     variant, normalization = (best["settings"].get(f"data.{k}") for k in ("variant", "normalization"))
     for row in status["rows"]:
         own = (row["settings"].get("data.variant"), row["settings"].get("data.normalization"))
-        if row["kind"] != "floor" or own != (variant, normalization):
+        if row["kind"] != "floor" or row["state"] != "finished" or own != (variant, normalization):
             continue
         words = []
         for metric in ("rmse", "lpips"):

@@ -61,10 +61,8 @@ def filter_weights(band: Filter, wavelengths_nm: NDArray[np.float64]) -> NDArray
     total = weights.sum()
     if total <= 0.0:
         low, high = wavelengths_nm.min(), wavelengths_nm.max()
-        raise SceneError(
-            f"filter {band.name} at {band.centre_nm} nm has no channel in {low:.0f}-{high:.0f} nm"
-        )
-    return weights / total
+        raise SceneError(f"filter {band.name} at {band.centre_nm} nm has no channel in {low:.0f}-{high:.0f} nm")
+    return np.asarray(weights / total, dtype=np.float64)
 
 
 def band_image(product: Product) -> NDArray[np.float32]:

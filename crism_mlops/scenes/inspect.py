@@ -19,9 +19,7 @@ def inspect_path(path: Path) -> list[dict[str, Any]]:
     if not path.is_dir():
         raise SceneError(f"{path}: no such folder; give an observation's folder or a folder of observations")
     if (path / "scenes.csv").is_file():
-        config = DataConfig(
-            source="pairs", path=str(path), normalization="minmax", target_normalization="minmax"
-        )
+        config = DataConfig(source="pairs", path=str(path), normalization="minmax", target_normalization="minmax")
         return [_row(s) for s in load_scenes(config)]
     rows = []
     for folder in observation_folders(path):

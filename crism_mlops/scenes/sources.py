@@ -81,11 +81,9 @@ def scene_from_products(products: dict[str, Product], config: DataConfig, source
     names = TARGET_PARAMETERS[config.target] + CARBONATE_PARAMETERS
     parameters = summary_parameters(products, names)
     if parameters.shape[:2] != bands.shape[:2]:
-        raise SceneError(
-            f"{cube.observation_id}: SR is {parameters.shape[:2]}, I/F is {bands.shape[:2]} pixels"
-        )
+        raise SceneError(f"{cube.observation_id}: SR is {parameters.shape[:2]}, I/F is {bands.shape[:2]} pixels")
     target = np.ascontiguousarray(parameters[..., :3])
-    valid = np.isfinite(bands).all(axis=-1) & np.isfinite(target).all(axis=-1)
+    valid = np.asarray(np.isfinite(bands).all(axis=-1) & np.isfinite(target).all(axis=-1))
     if not valid.any():
         raise SceneError(f"{cube.observation_id}: no pixel has data in every band that is needed")
     carbonate = valid & carbonate_mask(
@@ -144,13 +142,10 @@ def _pair_scenes(root: Path, config: DataConfig, on_scene: Progress | None) -> l
     table = root / "scenes.csv"
     if not table.is_file():
         raise SceneError(
-            f"{root}: no scenes.csv; a folder of pairs holds scenes.csv and "
-            "OBSERVATION/{original,edited}_image.png"
+            f"{root}: no scenes.csv; a folder of pairs holds scenes.csv and OBSERVATION/{{original,edited}}_image.png"
         )
     if config.target != "fal":
-        raise SceneError(
-            f"pairs hold the target fal, not {config.target}; use data.target=fal or MTRDR scenes"
-        )
+        raise SceneError(f"pairs hold the target fal, not {config.target}; use data.target=fal or MTRDR scenes")
     try:
         with table.open(newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
@@ -180,7 +175,7 @@ def _pair(root: Path, row: dict[str, str]) -> Scene:
     if image.shape != target.shape:
         raise SceneError(f"{name}: original is {image.shape[:2]}, edited is {target.shape[:2]} pixels")
     # Both images are black where there is no data; one that is black alone is only dark.
-    valid = (image > 0).any(axis=-1) | (target > 0).any(axis=-1)
+    valid = np.asarray((image > 0).any(axis=-1) | (target > 0).any(axis=-1))
     if not valid.any():
         raise SceneError(f"{name}: both images are black everywhere")
     province = {"true": True, "false": False}.get((row.get("carbonate_province") or "").strip().lower())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.sources import Scene
-from crism_mlops.tracking import Tracker, flat_json
+from crism_mlops.tracking import Kind, Tracker, flat_json
 from crism_mlops.training import train
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Hooks:
 
 
 def resolve_device(device: str) -> str:
-    """"auto" is the first GPU where there is one."""
+    """The device to compute on; `auto` is the first GPU where there is one."""
     if device != "auto":
         return device
     import torch
@@ -87,8 +88,6 @@ def run_trial(
     `objective` is a metric such as "val/rmse". `work` is a folder of the trial's own, removed at
     the end. What `hooks.report` raises passes through; nothing is scored on test then.
     """
-    import torch
-
     started = time.monotonic()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -100,8 +99,9 @@ def run_trial(
     samples = manifest.samples()
     data = model.prepare(samples, cache, manifest.digest)
     weights = sample_weights([s.scene.carbonate_bearing for s in samples], config.train.balance, config.seed)
-    kept = torch.nonzero(weights > 0).flatten()
-    data = {name: tensor[kept] for name, tensor in data.items()}
+    kept = weights > 0
+    if not bool(kept.all()):
+        data = {name: tensor[kept] for name, tensor in data.items()}
     validation = manifest.pairs("validation")
     quick = spread(validation, config.evaluate.validation_scenes)
     metric = objective.removeprefix("val/")
@@ -121,15 +121,16 @@ def run_trial(
         if epoch % config.train.validate_every and not last:
             return
         begun = time.monotonic()
-        table = score_pairs(predict(model, config)(quick), quick, ("valid",))
-        figures = {f"val/{k}": v for k, v in table.means("valid").items()}
+        table = score_pairs(predict(model, config)(quick), quick, ("valid",))  # noqa: F821 - deleted after training
+        figures = prefixed("val", table.means("valid"))
         sampling_seconds += time.monotonic() - begun
         tracker.metrics(run_id, figures, epoch)
         value = sign * figures[objective]
         if value < best_value or best_epoch == 0:
-            best_value, best_epoch = value, epoch
+            # NaN is less than nothing: any figure of a later epoch is better.
+            best_value, best_epoch = (value if math.isfinite(value) else math.inf), epoch
             save_checkpoint(
-                model,
+                model,  # noqa: F821
                 best,
                 Checkpoint(config, manifest.transform, manifest.digest, epoch, steps, figures[objective], {}),
             )
@@ -147,6 +148,11 @@ def run_trial(
         scores = prefixed("val", score_pairs(predictor(validation), validation, ("valid",)).means("valid"))
         value = scores[objective]
         tracker.metrics(run_id, {**scores, "objective": value}, config.train.epochs)
+        if not math.isfinite(value):
+            raise EvaluationError(
+                f"{objective} is {value} on the validation scenes: one of them is constant or shows nothing, or the "
+                "predictions are; look at the warnings above, or choose another objective.metric"
+            )
         # The objective stands; only now is the test set looked at.
         hooks.phase("scoring test scenes")
         scores |= log_test(tracker, run_id, manifest, predictor, config)
@@ -186,7 +192,7 @@ def log_test(
         **prefixed("test_full", table.means("valid")),
     }
     tracker.metrics(run_id, scores, config.train.epochs)
-    rows = [{**row, "balanced": row["observation_id"] in set(balanced)} for row in table.rows]
+    rows = [{**row, "balanced": row["observation_id"] in balanced} for row in table.rows]
     tracker.text(run_id, ScoreTable(tuple(rows)).csv(), "scores_by_scene.csv")
     tracker.table(run_id, rows, "scores_by_scene.json")
     shown = spread(list(range(len(pairs))), config.evaluate.panel_scenes)
@@ -202,39 +208,47 @@ def log_floors(
 
     What stands already for the same study, variant and data is not computed again.
     """
-    variant = config.data.variant
-    floors: dict[str, tuple[str, Predict]] = {}
-    if variant not in ("pca", "cassis4"):
-        floors["copy"] = ("floor", lambda pairs: [CopyFloor().predict(p) for p in pairs])
-    linear = fit_linear(manifest.pairs("train"))
-    floors["linear"] = ("floor", lambda pairs: [linear.predict(p) for p in pairs])
-    if ceiling:
-        assert isinstance(config.model, InstructPix2PixModel)
-        model = instruct_pix2pix.build(config.model, config.seed, resolve_device(config.device))
-        floors["vae-round-trip"] = ("ceiling", lambda pairs: round_trips(model, pairs, config.data.resolution))
+    variant, normalization = config.data.variant, config.data.normalization
     done = {
         (r.tags.get("crism.model"), r.tags.get("crism.variant"), r.tags.get("crism.normalization"))
         for r in tracker.find(crism_study=tags["crism.study"])
         if r.status == "FINISHED" and r.kind in ("floor", "ceiling") and r.params.get("data_digest") == manifest.digest
     }
-    for name, (kind, predictor) in floors.items():
-        normalization = config.data.normalization
+    floors: list[tuple[str, Kind]] = [("linear", "floor")]
+    if variant not in ("pca", "cassis4"):
+        floors.insert(0, ("copy", "floor"))
+    if ceiling:
+        floors.append(("vae-round-trip", "ceiling"))
+    for name, kind in floors:
         if (name, variant, normalization) in done:
             continue
         # The round trip sees the truth alone: the input variant plays no part in it.
         label = name if kind == "ceiling" else f"{name} {variant} {normalization}"
         own = {"crism.model": name, "crism.variant": variant, "crism.normalization": normalization}
         params = {"data.variant": variant, "data.normalization": normalization, "data_digest": manifest.digest}
-        run_id = tracker.start(label, kind, {**tags, **own}, params, parent)  # type: ignore[arg-type]
+        run_id = tracker.start(label, kind, {**tags, **own}, params, parent)
         try:
+            predictor = floor_predictor(name, config, manifest)
             validation = manifest.pairs("validation")
             scores = prefixed("val", score_pairs(predictor(validation), validation, ("valid",)).means("valid"))
             tracker.metrics(run_id, scores, config.train.epochs)
             log_test(tracker, run_id, manifest, predictor, config)
-        except BaseException:
-            tracker.end(run_id, "FAILED")
+        except Exception as error:
+            tracker.fail(run_id, error)
             raise
         tracker.end(run_id, "FINISHED")
+
+
+def floor_predictor(name: str, config: RunConfig, manifest: Manifest) -> Predict:
+    """A floor or the ceiling as a predictor: copy, linear (fitted on train scenes) or vae-round-trip."""
+    if name == "copy":
+        return lambda pairs: [CopyFloor().predict(p) for p in pairs]
+    if name == "linear":
+        linear = fit_linear(manifest.pairs("train"))
+        return lambda pairs: [linear.predict(p) for p in pairs]
+    assert isinstance(config.model, InstructPix2PixModel)
+    model = instruct_pix2pix.build(config.model, config.seed, resolve_device(config.device))
+    return lambda pairs: round_trips(model, pairs, config.data.resolution)
 
 
 def model_card(config: RunConfig, manifest: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -255,8 +269,23 @@ def model_card(config: RunConfig, manifest: Manifest, checkpoint: Checkpoint) ->
     }
 
 
-def log_configuration(tracker: Tracker, run_id: str, config: RunConfig) -> None:
-    """The resolved configuration as an artifact."""
+def log_configuration(
+    tracker: Tracker, run_id: str, config: RunConfig, manifest: Manifest, searched: Collection[str] = ()
+) -> None:
+    """What a trial's results depend on: tags and params to find it by, the whole as an artifact.
+
+    The searched keys are params already.
+    """
+    variant = {"data.variant": config.data.variant, "data.normalization": config.data.normalization}
+    tracker.tags(run_id, {key.replace("data.", "crism."): value for key, value in variant.items()})
+    params = {
+        **variant,
+        "train.learning_rate": config.train.learning_rate,
+        "config_digest": config.digest,
+        "data_digest": manifest.digest,
+        "evaluate.chunk": config.evaluate.chunk,
+    }
+    tracker.params(run_id, {key: value for key, value in params.items() if key not in searched})
     tracker.text(run_id, flat_json(config.model_dump(mode="json")), "config.json")
 
 
@@ -311,6 +340,13 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, scenes: Sequence[Scene]
         raise EvaluationError(f"--split {split}: expected train, validation, test or test_balanced")
     model, checkpoint = load_checkpoint(folder, resolve_device(config.device))
     own = checkpoint.config
+    for name in ("target", "target_normalization"):
+        trained, asked = getattr(own.data, name), getattr(config.data, name)
+        if trained != asked:
+            raise EvaluationError(
+                f"{folder}: trained with data.{name} {trained}, the sweep says {asked}; its predictions and that truth "
+                f"are not on one scale: add --set data.{name}={trained}"
+            )
     data = config.data.model_copy(update={"variant": own.data.variant, "normalization": own.data.normalization,
                                           "resolution": own.data.resolution})  # fmt: skip
     manifest = Manifest(

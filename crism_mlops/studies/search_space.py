@@ -59,5 +59,6 @@ def describe(sweep: SweepConfig) -> list[str]:
             text = f"{dimension.uniform[0]:g} to {dimension.uniform[1]:g}"
         else:
             text = "integers " + " to ".join(str(v) for v in dimension.int[:2])
+            text += "".join(f" in steps of {step}" for step in dimension.int[2:])
         lines.append(f"{key}: {text}")
     return lines

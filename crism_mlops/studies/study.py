@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,18 +16,19 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from crism_mlops.config import RunConfig, SweepConfig, digest_of
+from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import CrismError, StudyError
+from crism_mlops.errors import StudyError, TrackingError
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.sources import Scene
 from crism_mlops.studies.run import Hooks, log_configuration, log_floors, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
-from crism_mlops.tracking import DEFAULT_ROOT, Tracker, git_commit
+from crism_mlops.tracking import DEFAULT_ROOT, RunInfo, Tracker, git_commit, one_line, shown
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 _INTERRUPTED = "interrupted"
+_NAMES = {"scenes_digest": "scenes or their split (digest)"}
 
 
 def default_storage() -> str:
@@ -69,28 +70,54 @@ def run_study(
     """
     listener = listener or Listener()
     work_root = work_root or DEFAULT_ROOT / "work"
-    with study_lock(sweep.study, work_root), terminate_as_interrupt():
+    with study_lock(sweep.study, work_root), terminate_as_interrupt(), _storage_errors():
         base = build_manifest(scenes, sweep.data, sweep.split)
         study = open_study(sweep, base, storage)
-        clear_interrupted(study, tracker, sweep.study)
+        settle(study, tracker)
         parent = _parent_run(sweep, study, base, tracker)
-        status: Any = "KILLED"
+        call = _Call(sweep, tuple(scenes), study, tracker, parent, work_root / sweep.study, listener)
         try:
-            _log_all_floors(sweep, scenes, base, tracker, parent, listener)
-            _run_trials(sweep, scenes, study, tracker, parent, work_root, listener)
-            status = "FINISHED"
-        except CrismError:
-            status = "FAILED"
+            _log_all_floors(call, base)
+            _run_trials(call)
+        except KeyboardInterrupt:
+            for number in settle(study, tracker):
+                listener.ended(number, "INTERRUPTED", None, "")
+            _log_totals(study, tracker, parent)
+            tracker.stop(parent, _INTERRUPTED)
+            raise
+        except TrackingError:
+            raise  # Nobody there to tell; the next call settles what is left.
+        except Exception as error:
+            _log_totals(study, tracker, parent)
+            tracker.fail(parent, error)
             raise
         finally:
-            summary = summarise(study)
-            figures = {"trials/complete": summary.complete, "trials/pruned": summary.pruned,
-                       "trials/failed": summary.failed, "trials/interrupted": summary.interrupted}  # fmt: skip
-            if summary.best_value is not None:
-                figures["best/objective"] = summary.best_value  # type: ignore[assignment]
-            tracker.metrics(parent, figures)
-            tracker.end(parent, status)
+            shutil.rmtree(call.work, ignore_errors=True)
+        summary = _log_totals(study, tracker, parent)
+        tracker.end(parent, "FINISHED")
         return summary
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What stays the same from trial to trial of one call of `run_study`."""
+
+    sweep: SweepConfig
+    scenes: tuple[Scene, ...]
+    study: optuna.Study
+    tracker: Tracker
+    parent: str
+    work: Path
+    listener: Listener
+    cache: LatentCache = field(default_factory=LatentCache)
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def manifest(self, data: DataConfig) -> Manifest:
+        """The manifest of a data section, made once."""
+        key = data.model_dump_json()
+        if key not in self.manifests:
+            self.manifests[key] = build_manifest(self.scenes, data, self.sweep.split)
+        return self.manifests[key]
 
 
 def open_study(sweep: SweepConfig, base: Manifest, storage: str | None) -> optuna.Study:
@@ -105,11 +132,12 @@ def open_study(sweep: SweepConfig, base: Manifest, storage: str | None) -> optun
     identity = json.loads(json.dumps({**sweep.identity, "scenes_digest": base.scenes_digest}))
     stored = study.user_attrs.get("crism.identity")
     if stored is None:
-        study.set_user_attr("crism.identity", identity)
+        # The identity comes last: what is compared below is whole, or not there.
         study.set_user_attr("crism.experiment", sweep.experiment)
+        study.set_user_attr("crism.identity", identity)
         return study
     changed = [
-        f"{key}: {_short(stored.get(key))} -> {_short(identity.get(key))}"
+        f"{_NAMES.get(key, key)}: {_short(stored.get(key))} -> {_short(identity.get(key))}"
         for key in sorted(set(stored) | set(identity))
         if stored.get(key) != identity.get(key)
     ]
@@ -128,12 +156,25 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     """Optuna's storage at a URL; a local SQLite folder is made. Raises StudyError in one line."""
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.RDBStorage(url)
-    except (SQLAlchemyError, ArgumentError, ImportError) as error:
-        raise StudyError(f"study storage {url}: {' '.join(str(error).split())[:200]}") from error
+    except (SQLAlchemyError, ArgumentError, ImportError, OSError, RuntimeError) as error:
+        # RuntimeError: the tables were made by another version of Optuna.
+        raise StudyError(f"study storage {shown(url)}: {shown(url, one_line(error))}") from error
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        raise StudyError(
+            f"study storage: {one_line(error.__cause__ or error)}; the same command goes on from here"
+        ) from error
 
 
 def summarise(study: optuna.Study) -> Summary:
@@ -153,35 +194,71 @@ def summarise(study: optuna.Study) -> Summary:
     )
 
 
-def clear_interrupted(study: optuna.Study, tracker: Tracker, name: str) -> None:
-    """Trials that a killed process left running: none counts, and their settings are tried again.
+def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
+    """Bring both trackers into agreement about trials that a stopped process left running.
 
-    Called under the study's lock, so nobody is running them.
+    MLflow is always told first, so a run's end decides: its trial gets the same one. What had not
+    ended was interrupted: it does not count, and its settings are tried again. Returns the
+    numbers of the interrupted trials. Called under the study's lock, so nobody is running them.
     """
+    runs = {r.run_id: r for r in tracker.find(crism_study=study.study_name) if r.kind != "study"}
+    interrupted = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        _interrupt(study, trial)
-    for run in tracker.find(crism_study=name):
-        if run.status == "RUNNING" and run.kind in ("trial", "floor", "ceiling"):
-            tracker.tags(run.run_id, {"crism.stopped": _INTERRUPTED})
-            tracker.end(run.run_id, "KILLED")
+        run = runs.get(trial.user_attrs.get("crism.run_id", ""))
+        ended = None if run is None else _ended(run)
+        if run is not None and ended == "FINISHED":
+            study.tell(trial.number, run.metrics["objective"])
+        elif ended == "PRUNED":
+            study.tell(trial.number, state=TrialState.PRUNED)
+        elif ended == "FAILED":
+            _tell_failed(study, trial)
+        else:
+            interrupted.append(trial.number)
+            if run is not None:
+                tracker.stop(run.run_id, _INTERRUPTED)
+            study._storage.set_trial_user_attr(trial._trial_id, "crism.state", _INTERRUPTED)
+            study.tell(trial.number, state=TrialState.FAIL)
+            if trial.params:
+                study.enqueue_trial(trial.params, user_attrs={"crism.again": trial.number})
+    for run in runs.values():
+        if run.status == "RUNNING":
+            tracker.stop(run.run_id, _INTERRUPTED)
+    return interrupted
 
 
-def _interrupt(study: optuna.Study, trial: FrozenTrial) -> None:
-    storage = study._storage
-    storage.set_trial_user_attr(trial._trial_id, "crism.state", _INTERRUPTED)
-    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-    if trial.params:
-        study.enqueue_trial(trial.params, user_attrs={"crism.again": trial.number})
+def _ended(run: RunInfo) -> str | None:
+    """How a trial's run ended, None if it did not. MLflow calls a run finished for a moment while
+    its model is logged: it has no model id then."""
+    if run.status == "FINISHED" and "crism.model_id" in run.tags and "objective" in run.metrics:
+        return "FINISHED"
+    if run.status == "KILLED" and run.tags.get("crism.stopped") == "pruned":
+        return "PRUNED"
+    return "FAILED" if run.status == "FAILED" and run.tags.get("crism.stopped") == "failed" else None
+
+
+def _tell_failed(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
+    study._storage.set_trial_user_attr(trial._trial_id, "crism.state", "failed")
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _log_totals(study: optuna.Study, tracker: Tracker, parent: str) -> Summary:
+    summary = summarise(study)
+    figures = {"trials/complete": summary.complete, "trials/pruned": summary.pruned,
+               "trials/failed": summary.failed, "trials/interrupted": summary.interrupted}  # fmt: skip
+    best = {} if summary.best_value is None else {"best/objective": summary.best_value}
+    tracker.metrics(parent, {**figures, **best})
+    return summary
 
 
 def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker: Tracker) -> str:
     params = {
-        "trials": sweep.trials,
         "objective": sweep.objective.metric,
+        "data.target": sweep.data.target,
+        "data.target_normalization": sweep.data.target_normalization,
         "scenes_digest": base.scenes_digest,
         "test_digest": base.test_digest,
         "identity_digest": digest_of(study.user_attrs["crism.identity"]),
-        **{f"scenes.{name}": len(base.of(name)) for name in ("train", "validation", "test", "test_balanced")},  # type: ignore[arg-type]
+        **{f"scenes.{name}": len(base.of(name)) for name in ("train", "validation", "test", "test_balanced")},
     }
     tags = {"crism.study": sweep.study, "crism.model": sweep.model.kind, "crism.objective": sweep.objective.metric}
     known = [r for r in tracker.find(crism_study=sweep.study) if r.kind == "study"]
@@ -192,23 +269,18 @@ def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker
     return tracker.start(sweep.study, "study", {**tags, "crism.trials_total": str(sweep.trials)}, params)
 
 
-def _log_all_floors(
-    sweep: SweepConfig, scenes: Sequence[Scene], base: Manifest, tracker: Tracker, parent: str, listener: Listener
-) -> None:
-    for index, (variant, normalization) in enumerate(input_variants(sweep)):
-        listener.floors(variant, normalization)
-        config = sweep.run_config({"data.variant": variant, "data.normalization": normalization})
-        manifest = base if config.data == base.data else build_manifest(scenes, config.data, config.split)
+def _log_all_floors(call: _Call, base: Manifest) -> None:
+    call.manifests[call.sweep.data.model_dump_json()] = base
+    for index, (variant, normalization) in enumerate(input_variants(call.sweep)):
+        call.listener.floors(variant, normalization)
+        config = call.sweep.run_config({"data.variant": variant, "data.normalization": normalization})
         ceiling = index == 0 and config.model.kind == "instruct_pix2pix"
-        log_floors(tracker, config, manifest, {"crism.study": sweep.study}, parent, ceiling=ceiling)
+        tags = {"crism.study": call.sweep.study}
+        log_floors(call.tracker, config, call.manifest(config.data), tags, call.parent, ceiling=ceiling)
 
 
-def _run_trials(
-    sweep: SweepConfig, scenes: Sequence[Scene], study: optuna.Study, tracker: Tracker, parent: str, work_root: Path,
-    listener: Listener,
-) -> None:  # fmt: skip
-    cache = LatentCache()
-    manifests: dict[str, Manifest] = {}
+def _run_trials(call: _Call) -> None:
+    sweep, study = call.sweep, call.study
     failures = 0
     while True:
         trials = study.get_trials(deepcopy=False)
@@ -218,17 +290,8 @@ def _run_trials(
         study.sampler = make_sampler(sweep, trial_seed(sweep.seed, sweep.study, len(trials)))
         study.pruner = make_pruner(sweep)
         trial = study.ask()
-        choices = suggest(trial, sweep.search)
-        config = sweep.run_config({**choices, "seed": trial_seed(sweep.seed, "trial", trial.number)})
-        key = config.data.model_dump_json()
-        if key not in manifests:
-            manifests[key] = build_manifest(scenes, config.data, config.split)
-        listener.trial(trial.number, sweep.trials, choices)
-        state, why = _one_trial(
-            sweep, config, choices, manifests[key], study, trial, tracker, parent, work_root, cache, listener
-        )
-        value = study.trials[trial.number].value if state == "FINISHED" else None
-        listener.ended(trial.number, state, value, why)
+        state, value, why = _one_trial(call, trial)
+        call.listener.ended(trial.number, state, value, why)
         if state == "FAILED":
             failures += 1
             if failures >= sweep.max_failures:
@@ -238,74 +301,49 @@ def _run_trials(
                 )
 
 
-def _one_trial(
-    sweep: SweepConfig, config: RunConfig, choices: Mapping[str, Any], manifest: Manifest, study: optuna.Study,
-    trial: optuna.Trial, tracker: Tracker, parent: str, work_root: Path, cache: LatentCache, listener: Listener,
-) -> tuple[str, str]:  # fmt: skip
-    """Run one trial and leave both trackers agreeing; returns MLflow's status and a reason."""
-    tags = {
-        "crism.study": sweep.study,
-        "crism.trial_number": str(trial.number),
-        "crism.model": config.model.kind,
-        "crism.variant": config.data.variant,
-        "crism.normalization": config.data.normalization,
-    }
-    params = {
-        **choices,
-        "data.variant": config.data.variant,
-        "data.normalization": config.data.normalization,
-        "train.learning_rate": config.train.learning_rate,
-        "config_digest": config.digest,
-        "data_digest": manifest.digest,
-        "seed": config.seed,
-        "git_commit": git_commit() or "unknown",
-        "evaluate.chunk": config.evaluate.chunk,
-    }
-    run_id = None
+def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str]:
+    """Run one trial and leave both trackers agreeing; returns its state, its objective and a reason.
+
+    MLflow hears of the end first, then Optuna: `settle` relies on that. KeyboardInterrupt and
+    TrackingError pass through and leave the trial to `settle`.
+    """
+    sweep, tracker = call.sweep, call.tracker
+    seed = trial_seed(sweep.seed, "trial", trial.number)
+    choices = suggest(trial, sweep.search)
+    call.listener.trial(trial.number, sweep.trials, choices)
+    tags = {"crism.study": sweep.study, "crism.trial_number": str(trial.number), "crism.model": sweep.model.kind}
+    params = {**choices, "seed": seed, "git_commit": git_commit() or "unknown"}
+    run_id = tracker.start(f"{sweep.study}-{trial.number:03d}", "trial", tags, params, call.parent)
+    trial.set_user_attr("crism.run_id", run_id)
+
+    def report(epoch: int, figures: Mapping[str, float]) -> None:
+        call.listener.hooks.report(epoch, figures)
+        trial.report(figures[sweep.objective.metric], epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"pruned after epoch {epoch}: {figures[sweep.objective.metric]:.4g}")
+
+    hooks = Hooks(step=call.listener.hooks.step, report=report, phase=call.listener.hooks.phase)
     try:
-        run_id = tracker.start(f"{sweep.study}-{trial.number:03d}", "trial", tags, params, parent)
-        trial.set_user_attr("crism.run_id", run_id)
-        log_configuration(tracker, run_id, config)
-
-        def report(epoch: int, figures: Mapping[str, float]) -> None:
-            listener.hooks.report(epoch, figures)
-            trial.report(figures[sweep.objective.metric], epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned(f"pruned after epoch {epoch}: {figures[sweep.objective.metric]:.4g}")
-
-        hooks = Hooks(step=listener.hooks.step, report=report, phase=listener.hooks.phase)
-        work = work_root / sweep.study / f"{trial.number:04d}"
-        done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, cache, hooks)
-        # MLflow first: a finished run without its trial is found by its tag; the reverse would be
-        # a counted trial without a model.
-        tracker.end(run_id, "FINISHED")
-        study.tell(trial, done.objective)
-        return "FINISHED", ""
-    except optuna.TrialPruned as pruned:
-        study.tell(trial, state=TrialState.PRUNED)
-        assert run_id is not None
-        tracker.tags(run_id, {"crism.stopped": "pruned", "crism.why": str(pruned)})
-        tracker.end(run_id, "KILLED")
-        return "PRUNED", str(pruned)
-    except KeyboardInterrupt:
-        frozen = next(t for t in study.get_trials(deepcopy=False) if t.number == trial.number)
-        _interrupt(study, frozen)
-        if run_id is not None:
-            tracker.tags(run_id, {"crism.stopped": _INTERRUPTED})
-            tracker.end(run_id, "KILLED")
-        listener.ended(trial.number, "INTERRUPTED", None, "")
+        config = sweep.run_config({**choices, "seed": seed})
+        manifest = call.manifest(config.data)
+        log_configuration(tracker, run_id, config, manifest, choices)
+        work = call.work / f"{trial.number:04d}"
+        done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, call.cache, hooks)
+    except TrackingError:
         raise
+    except optuna.TrialPruned as pruned:
+        tracker.stop(run_id, "pruned", str(pruned))
+        call.study.tell(trial, state=TrialState.PRUNED)
+        return "PRUNED", None, str(pruned)
     except Exception as error:
         # Whatever a library raises belongs to this trial; the next one may do better.
-        study.tell(trial, state=TrialState.FAIL)
-        trial.set_user_attr("crism.state", "failed")
-        why = " ".join(str(error).split())[:300] or type(error).__name__
         log.debug("trial %d failed", trial.number, exc_info=True)
-        if run_id is not None:
-            tracker.tags(run_id, {"crism.stopped": "failed", "crism.why": f"{type(error).__name__}: {why}"})
-            tracker.text(run_id, traceback.format_exc(), "traceback.txt")
-            tracker.end(run_id, "FAILED")
-        return "FAILED", f"{type(error).__name__}: {why}"
+        tracker.fail(run_id, error)
+        _tell_failed(call.study, trial)
+        return "FAILED", None, f"{type(error).__name__}: {one_line(error)}"
+    tracker.end(run_id, "FINISHED")
+    call.study.tell(trial, done.objective)
+    return "FINISHED", done.objective, ""
 
 
 def trial_seed(*parts: object) -> int:
@@ -367,5 +405,3 @@ def terminate_as_interrupt() -> Iterator[None]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
