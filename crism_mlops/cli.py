@@ -183,6 +183,7 @@ def promote(
     from crism_mlops.registry.promote import promote as promote_best
     from crism_mlops.tracking import Tracker, shown
 
+    preset = os.environ.get("MLFLOW_TRACKING_URI")
     tracker = Tracker(tracking_uri, experiment, create=False)
     done = promote_best(tracker, study, variant)
     decision = done.decision
@@ -200,7 +201,7 @@ def promote(
         f"{what}: {done.name} version {done.version} is {CHAMPION}: {decision.candidate.name}; {decision.reason}"
     )
     # Left to itself, the mlflow command looks into a store of its own.
-    store = "" if os.environ.get("MLFLOW_TRACKING_URI") == tracker.uri else f"MLFLOW_TRACKING_URI={shown(tracker.uri)} "
+    store = "" if preset == tracker.uri else f"MLFLOW_TRACKING_URI={shown(tracker.uri)} "
     serve = f"mlflow models serve -m models:/{done.name}@{CHAMPION} --env-manager local --port 5001"
     typer.echo(f"serve it: {store}{serve}")
 

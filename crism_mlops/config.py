@@ -217,8 +217,8 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Digest of everything that can change the result (the device and the cache cannot)."""
-        content = self.model_dump(mode="json", exclude={"device": True, "data": {"cache"}})
+        """Digest of everything that can change the result; where scenes lie and the device cannot."""
+        content = self.model_dump(mode="json", exclude={"device": True, "data": {"cache", "path"}})
         return digest_of(content)
 
 
@@ -360,12 +360,15 @@ class SweepConfig(RunConfig):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a study's trials share: flat, JSON-able; two calls that differ in it don't mix."""
+        """What a study's trials share: flat, JSON-able; two calls that differ in it don't mix.
+
+        The scenes themselves are identified by their digest, not by the folder they lie in.
+        """
         content = self.model_dump(
             mode="json",
             exclude={
                 "trials": True, "max_failures": True, "study": True, "experiment": True, "device": True,
-                "data": {"cache"}, "sampler": True, "pruner": True, "search": True,
+                "data": {"cache", "path"}, "sampler": True, "pruner": True, "search": True,
             },
         )  # fmt: skip
         flat = dict(_flatten(content))

@@ -160,7 +160,9 @@ class Tracker:
         """Log rows (dicts) as a table that MLflow's UI shows."""
         import pandas
 
-        with translated(self.uri):
+        with translated(self.uri), warnings.catch_warnings():
+            # MLflow looks for pictures among the columns in a way that pandas 3 deprecates.
+            warnings.filterwarnings("ignore", message="For backward compatibility, 'str' dtypes")
             self.client.log_table(run_id, pandas.DataFrame(list(rows)), file)
 
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
@@ -298,10 +300,14 @@ def connect(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with translated(uri):
+    with translated(uri), _migration_lock(uri):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        return mlflow.MlflowClient(uri, uri)
+        client = mlflow.MlflowClient(uri, uri)
+        # Lays out a fresh database, where the constructor has not.
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
+    return client
 
 
 def download_checkpoint(uri: str | None, model_uri: str) -> Path:
@@ -371,12 +377,13 @@ def _migration_lock(uri: str) -> Iterator[None]:
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """MLflow's errors as a TrackingError of one line."""
+    """MLflow's errors, and those of the database below it, as a TrackingError of one line."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise TrackingError(f"tracking store {shown(uri)}: {shown(uri, one_line(error))}") from error
 
 

@@ -86,7 +86,7 @@ def predict_images(
     for start in range(0, len(images), chunk):
         part = list(range(start, min(start + chunk, len(images))))
         padded = part + [part[-1]] * (chunk - len(part))
-        inputs = [apply_view(images[i], images[i].any(axis=-1), WHOLE, resolution)[0] for i in part]
+        inputs = [apply_view(images[i], np.asarray(images[i].any(axis=-1)), WHOLE, resolution)[0] for i in part]
         batch = torch.stack(inputs + [inputs[-1]] * (chunk - len(part)))
         predicted = model.predict(batch, [prompts[i] for i in padded], [seeds[i] for i in padded])
         for i, image in zip(part, predicted, strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ def panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]], tit
 
     figure = Figure(figsize=(10.0, 2.5 * len(pairs) + 0.6), layout="constrained")
     axes = figure.subplots(len(pairs), 4, squeeze=False)
-    shown = None
+    shown: Any = None
     for row, pair, prediction in zip(axes, pairs, predictions, strict=True):
         valid = pair.scene.valid
         error = 255.0 * np.sqrt(((prediction - pair.truth) ** 2).mean(axis=-1))

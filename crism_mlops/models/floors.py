@@ -48,7 +48,7 @@ def fit_linear(pairs: Sequence[Pair]) -> LinearFloor:
     for pair in pairs:
         image, truth = (x[pair.scene.valid].astype(np.float64) for x in (pair.image, pair.truth))
         rows = np.column_stack([image, np.ones(len(image)), truth])
-        triangle = np.linalg.qr(np.vstack([triangle, rows]), mode="r")
+        triangle = np.asarray(np.linalg.qr(np.vstack([triangle, rows]), mode="r"))
     if not triangle.any():
         raise ModelError(f"the linear floor has no valid pixel to fit in {len(pairs)} train scenes; check their masks")
     solution, *_ = np.linalg.lstsq(triangle[:, : channels + 1], triangle[:, channels + 1 :], rcond=None)

@@ -73,7 +73,7 @@ class InstructPix2Pix:
                 rows["condition"].append(condition.cpu())
                 rows["mean"].append(mean.cpu())
                 rows["std"].append(std.cpu())
-                rows["weight"].append(torch.nn.functional.adaptive_avg_pool2d(valid, tuple(mean.shape[-2:])))
+                rows["weight"].append(torch.nn.functional.adaptive_avg_pool2d(valid, (mean.shape[-2], mean.shape[-1])))
         # Leaving inference mode: a clone is an ordinary tensor that autograd may read.
         return {name: torch.cat(tensors).clone() for name, tensors in rows.items()}
 
@@ -126,8 +126,9 @@ class InstructPix2Pix:
         else:
             wanted = noise
         weight = batch["weight"]
-        error = (output.float() - wanted.float()) ** 2 * weight
-        return error.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
+        squares = (output.float() - wanted.float()) ** 2 * weight
+        mean: torch.Tensor = squares.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
+        return mean
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states N x 77 x D; each different prompt goes through the encoder once."""
@@ -261,7 +262,9 @@ def _load_parts(source: str) -> dict[str, Any]:
         ) from error
     channels = loaded.unet.config.in_channels
     if channels != 8:
-        raise ModelError(f"model.pretrained: {source!r} has a U-Net of {channels} input channels; InstructPix2Pix has 8")
+        raise ModelError(
+            f"model.pretrained: {source!r} has a U-Net of {channels} input channels; InstructPix2Pix has 8: give one"
+        )
     # A shipped file may be half precision; everything computes in single precision here.
     return {
         "vae": loaded.vae.float(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,9 @@ class UNet:
                 "needs two; set train.batch_size to 2 or more (with more than one sample) or raise data.resolution"
             ) from error
         weight = batch["weight"]
-        error = (output.float() - batch["target"]) ** 2 * weight
-        return error.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
+        squares = (output.float() - batch["target"]) ** 2 * weight
+        mean: torch.Tensor = squares.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
+        return mean
 
     def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
         """N x C x R x R in [-1, 1] -> N x 3 x R x R in [-1, 1], on the CPU; prompts and seeds play no part."""
@@ -102,13 +104,14 @@ def load(folder: Path, config: UNetModel, device: str = "cpu") -> UNet:
     """A model from a checkpoint folder."""
     import segmentation_models_pytorch as smp
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        # smp would take the folder's name for one on the hub.
-        raise ModelError(f"{folder}: not a saved U-Net (config.json and model.safetensors expected)")
+    # By hand: smp.from_pretrained prints to standard output, and downloads the ImageNet weights that
+    # training started from before it replaces them.
     try:
-        # The saved configuration names the weights that training started from; they are not needed again.
-        module = smp.from_pretrained(str(folder), encoder_weights=None)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        module = getattr(smp, content.pop("_model_class"))(**{**content, "encoder_weights": None})
+        module.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not a saved U-Net ({' '.join(str(error).split())[:120]})") from error
     return UNet(module, config, device)

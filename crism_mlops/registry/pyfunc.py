@@ -11,13 +11,13 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 MAX_IMAGES = 256
 MAX_SIDE = 4096
 
 
-class ServedModel(PythonModel):  # type: ignore[misc]
+class ServedModel(PythonModel):
     """N x H x W x C float32 in [0, 1] -> N x H x W x 3 float32 in [0, 1].
 
     A pixel that is 0 in every channel shows no data. Params, all optional: `prompt`, or
@@ -32,8 +32,8 @@ class ServedModel(PythonModel):  # type: ignore[misc]
         folder = Path(context.artifacts["checkpoint"])
         self.model, self.checkpoint = load_checkpoint(folder, resolve_device("auto"))
 
-    # No type hints: MLflow would read a second signature out of them.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # A bare np.ndarray is a hint that MLflow reads no second signature out of.
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         from crism_mlops.dataset.prompts import render
         from crism_mlops.evaluation.evaluate import predict_images
 
@@ -60,16 +60,21 @@ class ServedModel(PythonModel):  # type: ignore[misc]
 
 def checked(model_input: Any) -> np.ndarray[Any, Any]:
     """The images as N x H x W x C float32. What is wrong with them becomes an HTTP 400."""
-    images = np.asarray(model_input, dtype=np.float32)
+    wanted = f"expected N x H x W x C with N up to {MAX_IMAGES}, H and W up to {MAX_SIDE}"
+    try:
+        images = np.asarray(model_input, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise MlflowException.invalid_parameter_value(
+            f"input is not an array of numbers ({error}); {wanted}"
+        ) from error
     if images.ndim != 4 or 0 in images.shape or len(images) > MAX_IMAGES or max(images.shape[1:3]) > MAX_SIDE:
+        raise MlflowException.invalid_parameter_value(f"input has shape {images.shape}; {wanted}")
+    unknown = int(np.isnan(images).sum())
+    if unknown or images.min() < 0.0 or images.max() > 1.0:
+        known = images[~np.isnan(images)]
+        found = f"run from {known.min():g} to {known.max():g}" if known.size else "are unknown"
         raise MlflowException.invalid_parameter_value(
-            f"input has shape {images.shape}; expected N x H x W x C with N up to {MAX_IMAGES}, "
-            f"H and W up to {MAX_SIDE}"
-        )
-    if not np.isfinite(images).all() or images.min() < 0.0 or images.max() > 1.0:
-        raise MlflowException.invalid_parameter_value(
-            f"input values run from {np.nanmin(images):g} to {np.nanmax(images):g} "
-            f"({int(np.isnan(images).sum())} NaN); expected 0 to 1, with 0 in every channel where there is no data"
+            f"input values {found} ({unknown} NaN); expected 0 to 1, with 0 in every channel where there is no data"
         )
     return images
 

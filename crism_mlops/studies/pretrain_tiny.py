@@ -104,7 +104,7 @@ def train_autoencoder(images: Images, held_out: Images, steps: int) -> Any:
         posterior = vae.encode(batch).latent_dist
         output = vae.decode(posterior.sample(generator)).sample
         pixels = (output - batch).abs().mean() + 2.0 * ((output - batch) ** 2).mean()
-        loss = pixels + 0.05 * perceptual(output, batch).mean() + 1e-5 * posterior.kl().mean()
+        loss = pixels + 0.05 * perceptual(output, batch).mean() + 1e-7 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -296,9 +296,9 @@ def main() -> None:
     """Train everything and write the pipeline folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--vae-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--work", type=Path, help="keep scenes and the autoencoder here between calls")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -1,0 +1,98 @@
+"""Small stores and small studies for the tests of the later stages.
+
+MLflow takes seconds to lay out a database, so one is made and then copied for each test.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crism_mlops.config import SweepConfig
+from crism_mlops.scenes.bands import BAND_NAMES
+from crism_mlops.scenes.sources import Scene
+from crism_mlops.tracking import Tracker
+
+EXPERIMENT = "crism-test"
+_FOLDER = tempfile.TemporaryDirectory(prefix="crism-stores-")
+
+
+@cache
+def _mlflow_template() -> Path:
+    path = Path(_FOLDER.name) / "mlflow" / "mlflow.db"
+    Tracker(f"sqlite:///{path}", "anything")
+    return path
+
+
+@cache
+def _optuna_template() -> Path:
+    from crism_mlops.studies.study import open_storage
+
+    path = Path(_FOLDER.name) / "optuna.db"
+    open_storage(f"sqlite:///{path}")
+    return path
+
+
+def tracking_store(folder: Path) -> str:
+    """The URI of an MLflow store in `folder` that holds an experiment called anything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_mlflow_template(), folder / "mlflow.db")
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def optuna_store(folder: Path) -> str:
+    """The URI of an empty Optuna store in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_optuna_template(), folder / "optuna.db")
+    return f"sqlite:///{folder / 'optuna.db'}"
+
+
+def new_tracker(folder: Path, experiment: str = EXPERIMENT) -> Tracker:
+    """A tracker on a store of its own."""
+    return Tracker(tracking_store(folder), experiment)
+
+
+def small_scenes(count: int = 14, side: int = 8, seed: int = 0) -> list[Scene]:
+    """Scenes of noise, every other one bears carbonate: for studies whose training is faked."""
+    scenes = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        scenes.append(
+            Scene(
+                observation_id=f"frt{index:08x}",
+                source="simulated",
+                bands=rng.uniform(0.1, 0.5, (side, side, len(BAND_NAMES))).astype(np.float32),
+                band_names=BAND_NAMES,
+                target=rng.uniform(0.1, 0.5, (side, side, 3)).astype(np.float32),
+                valid=np.ones((side, side), dtype=bool),
+                carbonate=None,
+                carbonate_bearing=index % 2 == 0,
+                longitude_deg=10.0,
+                latitude_deg=-5.0,
+                region="nili_fossae",
+            )
+        )
+    return scenes
+
+
+def small_sweep(**changes: Any) -> SweepConfig:
+    """A U-Net study of 32 pixels over the learning rate; `changes` replaces top-level keys."""
+    content: dict[str, Any] = {
+        "study": "small",
+        "experiment": EXPERIMENT,
+        "trials": 3,
+        "device": "cpu",
+        "data": {"source": "simulated", "resolution": 32, "views": ["whole"]},
+        "split": {"validation": 0.2, "test": 0.4},
+        "model": {"kind": "unet", "encoder": "resnet18", "encoder_weights": None},
+        "train": {"epochs": 2},
+        "evaluate": {"chunk": 2, "validation_scenes": 2, "panel_scenes": 1},
+        "sampler": {"kind": "random"},
+        "search": {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}},
+    }
+    return SweepConfig.model_validate({**content, **changes})
