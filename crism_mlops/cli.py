@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -43,19 +43,25 @@ Storage = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, logs on standard error")]
 Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
 DEFAULT_EXPERIMENT = "crism"
+SplitName = Literal["train", "validation", "test", "test_balanced"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from crism_mlops import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def setup(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and debug logs")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Options before the command."""
-    if version:
-        from crism_mlops import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
@@ -219,13 +225,14 @@ def ui(
     import socket
 
     from crism_mlops.errors import TrackingError
-    from crism_mlops.tracking import DEFAULT_ROOT, default_tracking_uri, shown
+    from crism_mlops.tracking import DEFAULT_ROOT, default_tracking_uri, shown, sqlite_path
 
     uri = tracking_uri or default_tracking_uri()
     if uri.startswith(("http://", "https://")):
         typer.echo(f"the tracking store is a server with a UI of its own: {shown(uri)}")
         return
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
         raise TrackingError(f"{uri}: no such store yet; run a sweep first, e.g. sweeps/quickstart-unet.yaml")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -234,18 +241,20 @@ def ui(
         except OSError as error:
             raise TrackingError(f"cannot listen on {host}:{port} ({error.strerror}); try another --port") from error
     typer.echo(f"MLflow UI over {shown(uri)}: http://{host}:{port} (Ctrl-C stops it)")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
     # The server starts helpers by name: the environment's own commands must be found.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.execve(sys.executable, command, {**os.environ, "PATH": path})
+    commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Job consumers, seven processes of them, serve what this project does not use.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, "PATH": commands}
+    os.execve(sys.executable, command, environment)
 
 
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or models:/NAME@champion")],
     file: Annotated[Path, typer.Argument(help="a sweep's YAML file: the scenes to score on")],
-    split: Annotated[str, typer.Option(help="validation, test or test_balanced")] = "test_balanced",
+    split: Annotated[SplitName, typer.Option(help="which of the sweep's scenes")] = "test_balanced",
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override any key")] = None,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
@@ -255,6 +264,7 @@ def evaluate(
     Example: crism-mlops evaluate models:/crism-instruct-pix2pix@champion sweeps/quickstart-ip2p.yaml
     """
     from crism_mlops.config import load_sweep
+    from crism_mlops.errors import ModelError
     from crism_mlops.scenes.sources import load_scenes
     from crism_mlops.studies.run import evaluate_checkpoint
 
@@ -264,6 +274,9 @@ def evaluate(
         from crism_mlops.tracking import download_checkpoint
 
         folder = download_checkpoint(tracking_uri, checkpoint)
+    elif not folder.is_dir():
+        # Said before the scenes are read, which may take long.
+        raise ModelError(f"{folder}: no such folder; give a checkpoint's folder, or models:/NAME@champion")
     progress = Progress()
     result = evaluate_checkpoint(folder, config, load_scenes(config.data, progress.scenes), split)
     if as_json:

@@ -133,7 +133,7 @@ class ScratchUNet(Section):
 
     block_channels: tuple[int, ...] = (64, 128, 192)
     layers_per_block: int = Field(1, ge=1, le=4)
-    attention_head_dim: int = Field(32, ge=4)
+    attention_heads: int = Field(8, ge=1)
 
 
 class InstructPix2PixModel(Section):

@@ -68,7 +68,7 @@ class Tracker:
     def __init__(self, uri: str | None, experiment: str, *, create: bool = True) -> None:
         """Raises TrackingError where the store cannot be reached, or (create=False) holds no such experiment."""
         self.uri = uri or default_tracking_uri()
-        path = _sqlite_path(self.uri)
+        path = sqlite_path(self.uri)
         if not create and path is not None and not path.is_file():
             raise TrackingError(f"{self.uri}: no such store yet; run a sweep first, e.g. sweeps/quickstart-unet.yaml")
         self.client = connect(self.uri)
@@ -101,7 +101,7 @@ class Tracker:
         """Beside the SQLite file, or below mlruns/ for another database; a server has a place of its own."""
         if self.uri.startswith(("http://", "https://")):
             return None
-        path = _sqlite_path(self.uri)
+        path = sqlite_path(self.uri)
         root = DEFAULT_ROOT if path is None else path.parent
         return (root / "artifacts" / urllib.parse.quote(self.experiment, safe="")).absolute().as_uri()
 
@@ -324,7 +324,7 @@ def download_checkpoint(uri: str | None, model_uri: str) -> Path:
 def _reach(uri: str) -> None:
     """Fail at once, in one line, where MLflow would retry for minutes."""
     parts = urllib.parse.urlsplit(uri)
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     try:
         if parts.scheme in ("http", "https"):
             # urllib takes what stands before an @ for a part of the host's name.
@@ -357,15 +357,17 @@ def _reach(uri: str) -> None:
         ) from error
 
 
-def _sqlite_path(uri: str) -> Path | None:
+def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite URI (three slashes: relative, four: absolute), None for other stores."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
 @contextmanager
 def _migration_lock(uri: str) -> Iterator[None]:
     """Several processes on a fresh SQLite file race in MLflow's schema migration."""
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     if path is None:
         yield
         return

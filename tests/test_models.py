@@ -25,7 +25,7 @@ from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.sources import Scene
 
 SIDE = 32
-SCRATCH = ScratchUNet(block_channels=(16, 32), attention_head_dim=4)
+SCRATCH = ScratchUNet(block_channels=(16, 32), attention_heads=4)
 TRAIN_STEPS = 50
 
 
@@ -477,7 +477,7 @@ def test_scratch_unet_repeats_with_its_seed_and_fits_the_parts() -> None:
 
 @pytest.mark.parametrize("widths", [(24, 32), (16, 40)])
 def test_a_scratch_unet_that_cannot_be_is_explained(widths: tuple[int, ...]) -> None:
-    config = ScratchUNet(block_channels=widths, attention_head_dim=16)
+    config = ScratchUNet(block_channels=widths, attention_heads=16)
     with pytest.raises(ModelError, match=r"model\.scratch_unet\.block_channels: found .* multiples of 16"):
         scratch_unet(config, make_parts(), 0)
 

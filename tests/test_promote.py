@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
-from trackers import new_tracker
+from trackers import logged_trial, new_tracker
 
 from crism_mlops.errors import PromotionError, TrackingError
 from crism_mlops.registry.promote import CHAMPION, MODEL_NAME, decide, model_name, promote
@@ -125,23 +125,6 @@ def test_model_name() -> None:
 
 
 # Against a registry.
-
-
-def logged_trial(tracker: Tracker, name: str, value: float, variant: str = "pnr", study: str = "ip2p") -> str:
-    """A finished trial with a logged model that holds no files; its run id."""
-    tags = {
-        "crism.study": study,
-        "crism.model": "instruct_pix2pix",
-        "crism.variant": variant,
-        "crism.trial_number": "0",
-    }
-    run_id = tracker.start(name, "trial", tags, {"data_digest": "d1", "config_digest": "c1", "git_commit": "g1"})
-    tracker.metrics(run_id, {"objective": value, "val/rmse": value, "test/rmse": value + 1.0, "train/loss": 0.5})
-    model = tracker.client.create_logged_model(tracker.experiment_id, "model", source_run_id=run_id)
-    tracker.client.finalize_logged_model(model.model_id, "READY")
-    tracker.tags(run_id, {"crism.model_id": model.model_id})
-    tracker.end(run_id, "FINISHED")
-    return run_id
 
 
 @pytest.fixture

@@ -96,9 +96,7 @@ def _alexnet_features() -> "tuple[str, dict[str, torch.Tensor]]":
 def _pick(source: str, state: "dict[str, torch.Tensor]") -> "tuple[str, dict[str, torch.Tensor]]":
     missing = [key for key in _KEYS if key not in state]
     if missing:
-        raise EvaluationError(
-            f"{source} lacks {', '.join(missing)}: expected torchvision's AlexNet; {_REMEDY}"
-        )
+        raise EvaluationError(f"{source} lacks {', '.join(missing)}: expected torchvision's AlexNet; {_REMEDY}")
     return source, {key: state[key] for key in _KEYS}
 
 
@@ -122,8 +120,7 @@ def _read_torch(path: Path) -> "dict[str, torch.Tensor]":
         state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged file torch's reader lets KeyError and others through
         raise EvaluationError(
-            f"{path} cannot be read ({_first_line(error)}): expected torchvision's AlexNet; "
-            "delete it and try again"
+            f"{path} cannot be read ({_first_line(error)}): expected torchvision's AlexNet; delete it and try again"
         ) from error
     return state
 
@@ -133,9 +130,7 @@ def _download() -> "dict[str, torch.Tensor]":
 
     try:
         weights = AlexNet_Weights.IMAGENET1K_V1
-        state: dict[str, torch.Tensor] = weights.get_state_dict(
-            progress=False, check_hash=True, weights_only=True
-        )
+        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError is a wrong hash
         raise EvaluationError(
             f"LPIPS needs AlexNet's weights and the download failed ({_first_line(error)}): {_REMEDY}"
@@ -202,8 +197,7 @@ def read_numpy_pickle(path: Path, sha256: str) -> Any:
         return _NumpyUnpickler(io.BytesIO(content)).load()
     except (pickle.UnpicklingError, EOFError) as error:
         raise EvaluationError(
-            f"{path} is not a pickle of numpy arrays ({_first_line(error)}): expected arrays only; "
-            "do not use it"
+            f"{path} is not a pickle of numpy arrays ({_first_line(error)}): expected arrays only; do not use it"
         ) from error
 
 

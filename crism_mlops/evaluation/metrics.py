@@ -33,9 +33,7 @@ class UndefinedMetricWarning(RuntimeWarning):
     """A metric has no value for this scene (constant image, nothing valid): it is given as NaN."""
 
 
-def score(
-    prediction: Image, truth: Image, valid: NDArray[np.bool_], protocol: Protocol = "valid"
-) -> dict[str, float]:
+def score(prediction: Image, truth: Image, valid: NDArray[np.bool_], protocol: Protocol = "valid") -> dict[str, float]:
     """Score a prediction against the truth with the five metrics of one protocol.
 
     Args:
@@ -124,9 +122,7 @@ def _cosine(prediction: NDArray[np.float64], truth: NDArray[np.float64], metric:
     return min(1.0, max(-1.0, cosine))
 
 
-def _ssim_valid(
-    prediction: NDArray[np.float64], truth: NDArray[np.float64], valid: NDArray[np.bool_]
-) -> float:
+def _ssim_valid(prediction: NDArray[np.float64], truth: NDArray[np.float64], valid: NDArray[np.bool_]) -> float:
     """Mean of scikit-image's SSIM map (Wang et al. 2004) over channels and windows that are wholly valid.
 
     Pixels whose window leaves the image are left out, as scikit-image leaves them out of its own mean: on a
@@ -158,12 +154,9 @@ def _ssim_thesis(prediction: NDArray[np.float64], truth: NDArray[np.float64]) ->
 
     spreads = np.ptp(truth, axis=(0, 1))
     if (spreads == 0).any():
-        return _undefined(
-            "ssim", f"the truth's channel {int(spreads.argmin())} is constant, so its data range is 0"
-        )
+        return _undefined("ssim", f"the truth's channel {int(spreads.argmin())} is constant, so its data range is 0")
     channels = [
-        structural_similarity(truth[..., c], prediction[..., c], win_size=5, data_range=spreads[c])
-        for c in range(3)
+        structural_similarity(truth[..., c], prediction[..., c], win_size=5, data_range=spreads[c]) for c in range(3)
     ]
     return float(np.mean(channels))
 
@@ -195,27 +188,19 @@ def _undefined(metric: str, why: str) -> float:
 def _check_shapes(prediction: Image, truth: Image, valid: NDArray[np.bool_]) -> None:
     for name, array in (("prediction", prediction), ("truth", truth), ("valid", valid)):
         if not isinstance(array, np.ndarray):
-            raise EvaluationError(
-                f"{name} is a {type(array).__name__}: expected a numpy array; convert it first"
-            )
+            raise EvaluationError(f"{name} is a {type(array).__name__}: expected a numpy array; convert it first")
     for name, image in (("prediction", prediction), ("truth", truth)):
         if image.ndim != 3 or image.shape[2] != 3:
-            raise EvaluationError(
-                f"{name} has shape {image.shape}: expected H x W x 3; put the channels last"
-            )
+            raise EvaluationError(f"{name} has shape {image.shape}: expected H x W x 3; put the channels last")
         if image.dtype.kind != "f":
-            raise EvaluationError(
-                f"{name} is {image.dtype}: expected float in [0, 1]; divide 8-bit values by 255"
-            )
+            raise EvaluationError(f"{name} is {image.dtype}: expected float in [0, 1]; divide 8-bit values by 255")
     if prediction.shape != truth.shape:
         raise EvaluationError(
             f"prediction is {_size(prediction)} px but truth is {_size(truth)} px: expected one size; "
             "resize the prediction to the scene's native size"
         )
     if valid.dtype != np.bool_:
-        raise EvaluationError(
-            f"valid is {valid.dtype}: expected bool, True where there is data; compare it first"
-        )
+        raise EvaluationError(f"valid is {valid.dtype}: expected bool, True where there is data; compare it first")
     if valid.shape != truth.shape[:2]:
         raise EvaluationError(
             f"valid has shape {valid.shape} but the images are {_size(truth)} px: expected H x W; "
@@ -233,8 +218,7 @@ def _check_values(name: str, image: Image, counted: NDArray[np.bool_]) -> None:
     bad = int(np.isnan(values).any(axis=-1).sum())
     if bad:
         raise EvaluationError(
-            f"{name} has NaN in {bad} pixels that count: expected finite values; "
-            "mark them in `valid` or fix the image"
+            f"{name} has NaN in {bad} pixels that count: expected finite values; mark them in `valid` or fix the image"
         )
     if values.size and (values.min() < -_RANGE_TOLERANCE or values.max() > 1 + _RANGE_TOLERANCE):
         raise EvaluationError(

@@ -300,10 +300,10 @@ def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
 
     widths = config.block_channels
     latent = parts["vae"].config.latent_channels
-    if any(w % GROUPS for w in widths) or any(w % config.attention_head_dim for w in widths[1:]):
+    if any(w % GROUPS for w in widths) or any(w % config.attention_heads for w in widths[1:]):
         raise ModelError(
             f"model.scratch_unet.block_channels: found {list(widths)}; all must be multiples of {GROUPS} (groups of "
-            f"the normalisation), and all but the first of attention_head_dim ({config.attention_head_dim})"
+            f"the normalisation), and all but the first of attention_heads ({config.attention_heads})"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -318,6 +318,7 @@ def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
             up_block_types=(*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"),
             cross_attention_dim=parts["text_encoder"].config.hidden_size,
             # diffusers reads this as the number of heads, whatever it is called.
-            attention_head_dim=config.attention_head_dim,
+            # diffusers' name for the number of heads.
+            attention_head_dim=config.attention_heads,
             norm_num_groups=GROUPS,
         )

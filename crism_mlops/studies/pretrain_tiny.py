@@ -324,7 +324,7 @@ def main() -> None:
         "text_encoder": make_text_encoder(tokenizer),
         "scheduler": make_scheduler(),
     }
-    parts["unet"] = scratch_unet(ScratchUNet(block_channels=(32, 64, 80), attention_head_dim=16), parts, SEED)
+    parts["unet"] = scratch_unet(ScratchUNet(block_channels=(32, 64, 80), attention_heads=16), parts, SEED)
     model = train_denoiser(parts, images, held_out, options.steps)
     # Half precision on disk: 2 bytes a weight; loading converts back.
     parts["unet"], parts["vae"] = model.unet.half(), model.vae.half()

@@ -334,7 +334,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, scenes: Sequence[Scene]
     """Score a checkpoint on a split of a sweep's scenes, in both protocols.
 
     The input transform is the checkpoint's own (its PCA is not fitted again).
-    Raises EvaluationError for an unknown split.
+    Raises EvaluationError for an unknown split, or a sweep whose target is another one.
     """
     if split not in ("train", "validation", "test", "test_balanced"):
         raise EvaluationError(f"--split {split}: expected train, validation, test or test_balanced")

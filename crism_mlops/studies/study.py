@@ -23,7 +23,7 @@ from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.sources import Scene
 from crism_mlops.studies.run import Hooks, log_configuration, log_floors, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
-from crism_mlops.tracking import DEFAULT_ROOT, RunInfo, Tracker, git_commit, one_line, shown
+from crism_mlops.tracking import DEFAULT_ROOT, RunInfo, Tracker, git_commit, one_line, shown, sqlite_path
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -157,8 +157,8 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:
-        if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if (path := sqlite_path(url)) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.RDBStorage(url)
     except (SQLAlchemyError, ArgumentError, ImportError, OSError, RuntimeError) as error:
         # RuntimeError: the tables were made by another version of Optuna.
@@ -204,7 +204,7 @@ def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
     runs = {r.run_id: r for r in tracker.find(crism_study=study.study_name) if r.kind != "study"}
     interrupted = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        run = runs.get(trial.user_attrs.get("crism.run_id", ""))
+        run = runs.pop(trial.user_attrs.get("crism.run_id", ""), None)
         ended = None if run is None else _ended(run)
         if run is not None and ended == "FINISHED":
             study.tell(trial.number, run.metrics["objective"])
