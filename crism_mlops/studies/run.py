@@ -18,7 +18,7 @@ from crism_mlops.config import InstructPix2PixModel, RunConfig
 from crism_mlops.dataset.manifest import Manifest, Pair
 from crism_mlops.dataset.split import split_scenes
 from crism_mlops.errors import EvaluationError
-from crism_mlops.evaluation.evaluate import ScoreTable, predict_pairs, round_trips, score_pairs
+from crism_mlops.evaluation.evaluate import ScoreTable, noise_seed, predict_pairs, round_trips, score_pairs
 from crism_mlops.evaluation.metrics import PROTOCOLS
 from crism_mlops.evaluation.panels import panel
 from crism_mlops.models import instruct_pix2pix, unet
@@ -192,7 +192,15 @@ def log_test(
         **prefixed("test_full", table.means("valid")),
     }
     tracker.metrics(run_id, scores, config.train.epochs)
-    rows = [{**row, "balanced": row["observation_id"] in balanced} for row in table.rows]
+    # With its noise seed, a scene's prediction can be asked of the served model again.
+    rows = [
+        {
+            **row,
+            "balanced": row["observation_id"] in balanced,
+            "noise_seed": noise_seed(config.evaluate.seed, row["observation_id"]),
+        }
+        for row in table.rows
+    ]
     tracker.text(run_id, ScoreTable(tuple(rows)).csv(), "scores_by_scene.csv")
     tracker.table(run_id, rows, "scores_by_scene.json")
     shown = spread(list(range(len(pairs))), config.evaluate.panel_scenes)
