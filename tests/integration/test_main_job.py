@@ -81,6 +81,8 @@ class Workspace:
         process = subprocess.Popen(
             [str(w) for w in words], cwd=self.folder, env={**self.environment, **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True,
+            # Where the tests run in the background, the shell lets them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             yield process
