@@ -152,6 +152,8 @@ def status(
 
     tracker = Tracker(tracking_uri, experiment, create=False)
     names = study_names(tracker)
+    if not names:
+        raise StudyError(f"no study in experiment {experiment!r} yet; run a sweep, or name another with --experiment")
     if study is not None and study not in names:
         raise StudyError(f"no study {study!r} in experiment {experiment!r}; it holds {', '.join(names) or 'none'}")
     statuses = [study_status(tracker, name) for name in ([study] if study else names)]

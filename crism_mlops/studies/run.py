@@ -284,6 +284,8 @@ def log_configuration(
 
     The searched keys are params already.
     """
+    import torch
+
     variant = {"data.variant": config.data.variant, "data.normalization": config.data.normalization}
     tracker.tags(run_id, {key.replace("data.", "crism."): value for key, value in variant.items()})
     params = {
@@ -292,6 +294,8 @@ def log_configuration(
         "config_digest": config.digest,
         "data_digest": manifest.digest,
         "evaluate.chunk": config.evaluate.chunk,
+        # Sums are taken in another order with another number of threads: the seventh digit differs.
+        "threads": torch.get_num_threads(),
     }
     tracker.params(run_id, {key: value for key, value in params.items() if key not in searched})
     tracker.text(run_id, flat_json(config.model_dump(mode="json")), "config.json")

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StudyError, TrackingError
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.sources import Scene
+from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
 from crism_mlops.studies.run import Hooks, log_configuration, log_floors, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
-from crism_mlops.tracking import DEFAULT_ROOT, RunInfo, Tracker, git_commit, one_line, shown, sqlite_path
+from crism_mlops.tracking import DEFAULT_ROOT, Tracker, git_commit, one_line, shown, sqlite_path
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
-_INTERRUPTED = "interrupted"
 _NAMES = {"scenes_digest": "scenes or their split (digest)"}
 
 
@@ -83,7 +83,7 @@ def run_study(
             for number in settle(study, tracker):
                 listener.ended(number, "INTERRUPTED", None, "")
             _log_totals(study, tracker, parent)
-            tracker.stop(parent, _INTERRUPTED)
+            tracker.stop(parent, INTERRUPTED)
             raise
         except TrackingError:
             raise  # Nobody there to tell; the next call settles what is left.
@@ -183,7 +183,7 @@ def summarise(study: optuna.Study) -> Summary:
     finished = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
     best = min(finished, key=lambda t: sign * t.values[0], default=None)
-    interrupted = sum(t.user_attrs.get("crism.state") == _INTERRUPTED for t in trials)
+    interrupted = sum(t.user_attrs.get("crism.state") == INTERRUPTED for t in trials)
     return Summary(
         complete=len(finished),
         pruned=sum(t.state == TrialState.PRUNED for t in trials),
@@ -192,53 +192,6 @@ def summarise(study: optuna.Study) -> Summary:
         best_number=None if best is None else best.number,
         best_value=None if best is None else best.values[0],
     )
-
-
-def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
-    """Bring both trackers into agreement about trials that a stopped process left running.
-
-    MLflow is always told first, so a run's end decides: its trial gets the same one. What had not
-    ended was interrupted: it does not count, and its settings are tried again. Returns the
-    numbers of the interrupted trials. Called under the study's lock, so nobody is running them.
-    """
-    runs = {r.run_id: r for r in tracker.find(crism_study=study.study_name) if r.kind != "study"}
-    interrupted = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        run = runs.pop(trial.user_attrs.get("crism.run_id", ""), None)
-        ended = None if run is None else _ended(run)
-        if run is not None and ended == "FINISHED":
-            study.tell(trial.number, run.metrics["objective"])
-        elif ended == "PRUNED":
-            study.tell(trial.number, state=TrialState.PRUNED)
-        elif ended == "FAILED":
-            _tell_failed(study, trial)
-        else:
-            interrupted.append(trial.number)
-            if run is not None:
-                tracker.stop(run.run_id, _INTERRUPTED)
-            study._storage.set_trial_user_attr(trial._trial_id, "crism.state", _INTERRUPTED)
-            study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params:
-                study.enqueue_trial(trial.params, user_attrs={"crism.again": trial.number})
-    for run in runs.values():
-        if run.status == "RUNNING":
-            tracker.stop(run.run_id, _INTERRUPTED)
-    return interrupted
-
-
-def _ended(run: RunInfo) -> str | None:
-    """How a trial's run ended, None if it did not. MLflow calls a run finished for a moment while
-    its model is logged: it has no model id then."""
-    if run.status == "FINISHED" and "crism.model_id" in run.tags and "objective" in run.metrics:
-        return "FINISHED"
-    if run.status == "KILLED" and run.tags.get("crism.stopped") == "pruned":
-        return "PRUNED"
-    return "FAILED" if run.status == "FAILED" and run.tags.get("crism.stopped") == "failed" else None
-
-
-def _tell_failed(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
-    study._storage.set_trial_user_attr(trial._trial_id, "crism.state", "failed")
-    study.tell(trial.number, state=TrialState.FAIL)
 
 
 def _log_totals(study: optuna.Study, tracker: Tracker, parent: str) -> Summary:
@@ -339,7 +292,7 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
         # Whatever a library raises belongs to this trial; the next one may do better.
         log.debug("trial %d failed", trial.number, exc_info=True)
         tracker.fail(run_id, error)
-        _tell_failed(call.study, trial)
+        tell_failed(call.study, trial)
         return "FAILED", None, f"{type(error).__name__}: {one_line(error)}"
     tracker.end(run_id, "FINISHED")
     call.study.tell(trial, done.objective)
