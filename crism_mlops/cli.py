@@ -75,6 +75,9 @@ def setup(
         for key in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
             os.environ.setdefault(key, "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+        # These two set their own loggers up when they are imported.
+        for key in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+            os.environ.setdefault(key, "error")
 
 
 @app.command()

@@ -213,7 +213,7 @@ def test_evaluate_what_is_no_checkpoint(run: Any, tmp_path: Path, store: Tracker
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space, then run the same"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "Permission denied: '/root/x'"),
+        (PermissionError(errno.EACCES, "Permission denied", "/nowhere/x"), "Permission denied: '/nowhere/x'"),
         (CrismError("first line\nsecond line"), "first line second line"),
     ],
 )
