@@ -285,6 +285,11 @@ Dimension = Annotated[
 ]
 
 
+def error_sign(metric: str) -> float:
+    """1 where less is better (rmse, lpips), -1 where more is; `metric` with or without "val/"."""
+    return 1.0 if metric.rsplit("/", 1)[-1] in ("rmse", "lpips") else -1.0
+
+
 class Objective(Section):
     """What the search minimises or maximises: a figure on the validation scenes."""
 
@@ -292,7 +297,7 @@ class Objective(Section):
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        return "minimize" if self.metric in ("val/rmse", "val/lpips") else "maximize"
+        return "minimize" if error_sign(self.metric) > 0 else "maximize"
 
 
 class SamplerConfig(Section):

@@ -120,8 +120,7 @@ def score_pairs(
     rows = []
     for done, (prediction, pair) in enumerate(zip(predictions, pairs, strict=True), start=1):
         scene = pair.scene
-        kind = {True: "carbonate", False: "barren", None: "unknown"}[scene.carbonate_bearing]
-        row: dict[str, Any] = {"observation_id": scene.observation_id, "region": scene.region, "kind": kind}
+        row: dict[str, Any] = {"observation_id": scene.observation_id, "region": scene.region, "kind": scene.kind}
         for protocol in protocols:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UndefinedMetricWarning)

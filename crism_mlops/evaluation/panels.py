@@ -35,8 +35,7 @@ def panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]], tit
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-        kind = {True: "carbonate", False: "barren", None: "unknown"}[pair.scene.carbonate_bearing]
-        row[0].set_ylabel(f"{pair.scene.observation_id}\n{pair.scene.region}, {kind}", fontsize=8)
+        row[0].set_ylabel(f"{pair.scene.observation_id}\n{pair.scene.region}, {pair.scene.kind}", fontsize=8)
         row[3].set_xlabel(f"RMSE {255.0 * np.sqrt(((prediction - pair.truth)[valid] ** 2).mean()):.1f}", fontsize=8)
     for axis, name in zip(axes[0], ("input", "truth", "prediction", "RMS error over channels"), strict=True):
         axis.set_title(name, fontsize=10)

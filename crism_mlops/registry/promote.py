@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crism_mlops.config import Variant
+from crism_mlops.config import Variant, error_sign
 from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
 from crism_mlops.errors import PromotionError, TrackingError
 from crism_mlops.tracking import RunInfo, Tracker, one_line, translated
@@ -18,7 +18,6 @@ MODEL_NAME = "crism-instruct-pix2pix"
 CHAMPION = "champion"
 # Params of a study's run that must be alike where trials of several studies are compared.
 _GROUNDS = ("objective", "scenes_digest", "data.target", "data.target_normalization")
-_MAXIMISED = ("val/pcc", "val/cosine", "val/ssim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,7 @@ def decide(
             "crism-mlops promote STUDY"
         )
     objective = parents[used[0]].params.get("objective", "val/rmse")
-    sign = -1.0 if objective in _MAXIMISED else 1.0
-    best = min(wanted, key=lambda r: sign * r.metrics["objective"])
+    best = min(wanted, key=lambda r: error_sign(objective) * r.metrics["objective"])
     value = best.metrics["objective"]
     if champion_run_id == best.run_id:
         return Decision(best, objective, value, champion_run_id, False, "it is the champion already: no change")

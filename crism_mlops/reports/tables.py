@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from crism_mlops.config import error_sign
 from crism_mlops.tracking import RunInfo, Tracker
 
 if TYPE_CHECKING:
@@ -24,9 +25,8 @@ def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
     rows = [_row(r) for r in runs if r.kind != "study"]
     states = [row["state"] for row in rows if row["kind"] == "trial"]
     objective = parents[-1].tags.get("crism.objective", "val/rmse") if parents else "val/rmse"
-    sign = -1.0 if objective.split("/")[-1] in ("pcc", "cosine", "ssim") else 1.0
     finished = [r for r in trials if r.status == "FINISHED" and math.isfinite(r.metrics.get("objective", math.nan))]
-    best = min(finished, key=lambda r: sign * r.metrics["objective"], default=None)
+    best = min(finished, key=lambda r: error_sign(objective) * r.metrics["objective"], default=None)
     return {
         "study": name,
         "experiment": tracker.experiment,
@@ -72,7 +72,7 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
         table.add_column("state")
         table.add_column("settings", overflow="fold")
         for metric in _METRICS:
-            arrow = "↑" if metric in ("pcc", "cosine", "ssim") else "↓"
+            arrow = "↓" if error_sign(metric) > 0 else "↑"
             table.add_column(f"{metric} {arrow}", justify="right")
         for status in statuses:
             order = {"trial": 0, "floor": 1, "ceiling": 2}

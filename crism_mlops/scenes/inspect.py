@@ -45,7 +45,6 @@ def inspect_path(path: Path) -> list[dict[str, Any]]:
 
 def _row(scene: Scene) -> dict[str, Any]:
     height, width = scene.valid.shape
-    kind = {True: "carbonate", False: "barren", None: "unknown"}[scene.carbonate_bearing]
     row: dict[str, Any] = {
         "observation": scene.observation_id,
         "size": f"{height} x {width}",
@@ -53,7 +52,7 @@ def _row(scene: Scene) -> dict[str, Any]:
         "longitude": None if scene.longitude_deg is None else round(scene.longitude_deg, 3),
         "latitude": None if scene.latitude_deg is None else round(scene.latitude_deg, 3),
         "no-data": f"{1.0 - scene.valid.mean():.1%}",
-        "kind": kind,
+        "kind": scene.kind,
     }
     if scene.carbonate is not None:
         row["carbonate"] = f"{scene.carbonate.sum() / scene.valid.sum():.1%}"

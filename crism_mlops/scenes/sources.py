@@ -49,6 +49,11 @@ class Scene:
     latitude_deg: float | None
     region: str
 
+    @property
+    def kind(self) -> str:
+        """What `carbonate_bearing` says, in a word."""
+        return {True: "carbonate", False: "barren", None: "unknown"}[self.carbonate_bearing]
+
     def __post_init__(self) -> None:
         for array in (self.bands, self.target, self.valid, self.carbonate):
             if array is not None:

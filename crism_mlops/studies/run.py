@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crism_mlops.config import InstructPix2PixModel, RunConfig
+from crism_mlops.config import InstructPix2PixModel, RunConfig, error_sign
 from crism_mlops.dataset.manifest import Manifest, Pair
 from crism_mlops.dataset.split import split_scenes
+from crism_mlops.dataset.variants import channels
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import ScoreTable, noise_seed, predict_pairs, round_trips, score_pairs
 from crism_mlops.evaluation.metrics import PROTOCOLS
@@ -68,8 +69,7 @@ def resolve_device(device: str) -> str:
 def build_model(config: RunConfig, manifest: Manifest, device: str) -> UNet | InstructPix2Pix:
     """The two models, side by side: what a trial starts from."""
     if config.model.kind == "unet":
-        channels = manifest.transform.image(manifest.scenes[0]).shape[-1]
-        return unet.build(config.model, channels, config.seed, device)
+        return unet.build(config.model, channels(config.data.variant), config.seed, device)
     return instruct_pix2pix.build(config.model, config.seed, device)
 
 
@@ -92,57 +92,12 @@ def run_trial(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     best = work / "checkpoint"
-    device = resolve_device(config.device)
-    seed_everything(config.seed)
-    hooks.phase("preparing")
-    model = build_model(config, manifest, device)
-    samples = manifest.samples()
-    data = model.prepare(samples, cache, manifest.digest)
-    weights = sample_weights([s.scene.carbonate_bearing for s in samples], config.train.balance, config.seed)
-    kept = weights > 0
-    if not bool(kept.all()):
-        data = {name: tensor[kept] for name, tensor in data.items()}
     validation = manifest.pairs("validation")
-    quick = spread(validation, config.evaluate.validation_scenes)
-    metric = objective.removeprefix("val/")
-    sign = -1.0 if metric in ("pcc", "cosine", "ssim") else 1.0
-    best_value = float("inf")
-    best_epoch, steps, sampling_seconds = 0, 0, 0.0
-
-    def on_step(step: int, total: int, loss: float) -> None:
-        nonlocal steps
-        steps = step
-        hooks.step(step, total, loss)
-
-    def on_epoch(epoch: int, loss: float) -> None:
-        nonlocal best_value, best_epoch, sampling_seconds
-        tracker.metrics(run_id, {"train/loss": loss}, epoch)
-        last = epoch == config.train.epochs
-        if epoch % config.train.validate_every and not last:
-            return
-        begun = time.monotonic()
-        table = score_pairs(predict(model, config)(quick), quick, ("valid",))  # noqa: F821 - deleted after training
-        figures = prefixed("val", table.means("valid"))
-        sampling_seconds += time.monotonic() - begun
-        tracker.metrics(run_id, figures, epoch)
-        value = sign * figures[objective]
-        if value < best_value or best_epoch == 0:
-            # NaN is less than nothing: any figure of a later epoch is better.
-            best_value, best_epoch = (value if math.isfinite(value) else math.inf), epoch
-            save_checkpoint(
-                model,  # noqa: F821
-                best,
-                Checkpoint(config, manifest.transform, manifest.digest, epoch, steps, figures[objective], {}),
-            )
-        hooks.report(epoch, figures)
-
-    hooks.phase("training")
     try:
-        train(model, data, weights[kept], config.train, config.seed, on_step, on_epoch)
+        sampling_seconds = fit(config, manifest, validation, objective, tracker, run_id, best, cache, hooks)
         training_seconds = time.monotonic() - started
-        del model
         # What is scored is what was written: the same folder that is logged and served.
-        trained, checkpoint = load_checkpoint(best, device)
+        trained, checkpoint = load_checkpoint(best, resolve_device(config.device))
         predictor = predict(trained, config)
         hooks.phase("scoring validation scenes")
         scores = prefixed("val", score_pairs(predictor(validation), validation, ("valid",)).means("valid"))
@@ -161,15 +116,76 @@ def run_trial(
             "cost/validation_share": sampling_seconds / max(training_seconds, 1e-9),
             "cost/seconds": time.monotonic() - started,
             "cost/latent_cache_hits": float(cache.hits),
-            "best_epoch": float(best_epoch),
+            "best_epoch": float(checkpoint.epoch),
         }
         tracker.metrics(run_id, costs)
         hooks.phase("logging the checkpoint")
-        model_id = tracker.model(run_id, best, model_card(config, manifest, checkpoint), channels=_channels(manifest))
+        model_id = tracker.model(
+            run_id, best, model_card(config, manifest, checkpoint), channels=channels(config.data.variant)
+        )
         tracker.tags(run_id, {"crism.model_id": model_id})
         return TrackedRun(run_id, value, scores)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def fit(
+    config: RunConfig,
+    manifest: Manifest,
+    validation: list[Pair],
+    objective: str,
+    tracker: Tracker,
+    run_id: str,
+    best: Path,
+    cache: LatentCache,
+    hooks: Hooks,
+) -> float:
+    """Train and leave the best epoch's checkpoint in `best`; returns the seconds that validation took.
+
+    A function of its own, so that the trained model is gone before its checkpoint is loaded.
+    """
+    seed_everything(config.seed)
+    hooks.phase("preparing")
+    model = build_model(config, manifest, resolve_device(config.device))
+    samples = manifest.samples()
+    data = model.prepare(samples, cache, manifest.digest)
+    weights = sample_weights([s.scene.carbonate_bearing for s in samples], config.train.balance, config.seed)
+    kept = weights > 0
+    if not bool(kept.all()):
+        data = {name: tensor[kept] for name, tensor in data.items()}
+    quick = spread(validation, config.evaluate.validation_scenes)
+    predictor = predict(model, config)
+    best_error: float | None = None
+    steps, sampling_seconds = 0, 0.0
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        nonlocal steps
+        steps = step
+        hooks.step(step, total, loss)
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        nonlocal best_error, sampling_seconds
+        tracker.metrics(run_id, {"train/loss": loss}, epoch)
+        if epoch % config.train.validate_every and epoch != config.train.epochs:
+            return
+        begun = time.monotonic()
+        figures = prefixed("val", score_pairs(predictor(quick), quick, ("valid",)).means("valid"))
+        sampling_seconds += time.monotonic() - begun
+        tracker.metrics(run_id, figures, epoch)
+        error = error_sign(objective) * figures[objective]
+        if best_error is None or error < best_error:
+            # NaN is worse than anything: any figure of a later epoch is better.
+            best_error = error if math.isfinite(error) else math.inf
+            save_checkpoint(
+                model,
+                best,
+                Checkpoint(config, manifest.transform, manifest.digest, epoch, steps, figures[objective], {}),
+            )
+        hooks.report(epoch, figures)
+
+    hooks.phase("training")
+    train(model, data, weights[kept], config.train, config.seed, on_step, on_epoch)
+    return sampling_seconds
 
 
 def predict(model: UNet | InstructPix2Pix, config: RunConfig) -> Predict:
@@ -336,10 +352,6 @@ def seed_everything(seed: int) -> None:
     from accelerate.utils import set_seed
 
     set_seed(seed)
-
-
-def _channels(manifest: Manifest) -> int:
-    return int(manifest.transform.image(manifest.scenes[0]).shape[-1])
 
 
 def evaluate_checkpoint(folder: Path, config: RunConfig, scenes: Sequence[Scene], split: str) -> dict[str, Any]:
