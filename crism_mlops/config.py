@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,10 @@ Variant = Literal["pnr", "bpn", "pca", "rect", "cassis4"]
 Normalization = Literal["physical", "percentile", "minmax"]
 PROMPT_FIELDS = ("longitude", "latitude", "location")
 ViewName = Literal["whole", "vflip", "quarters", "rotations"]
+
+
+# Where things lie; what lies there is told by the scenes' digest.
+PLACES = {"cache", "path", "store", "filters", "labels"}
 
 
 class Section(BaseModel):
@@ -74,6 +79,18 @@ class DataConfig(Section):
     source: Literal["mtrdr", "pairs", "simulated"]
     path: str | None = Field(None, description="folder of observations (mtrdr) or of pairs")
     cache: str = Field("mlruns/cache", description="where simulated observations are written")
+    store: str = Field(
+        "mlruns/store", description="where built scenes and data sets are kept: a folder or an fsspec URL (s3://...)"
+    )
+    filters: str | None = Field(
+        None, description="responses of your own: a table nm, BLU, PAN, RED, NIR, or a folder of normalized_response_*"
+    )
+    labels: str | None = Field(
+        None, description="CSV of experts: observation_id, label (carbonate, barren or unknown); it wins"
+    )
+    ranges: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="physical range of a band or parameter, e.g. R2529: [0.05, 0.65]"
+    )
     simulated: SimulatedConfig = SimulatedConfig()
     carbonate: CarbonateConfig = CarbonateConfig()
     target: Literal["fal", "car", "cr2"] = "fal"
@@ -100,13 +117,18 @@ class DataConfig(Section):
                 )
         if not self.views:
             raise ValueError("views is empty; use at least [whole]")
+        for name, (low, high) in self.ranges.items():
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"ranges.{name}: {low} to {high} is no range; give [low, high] with low < high")
         return self
 
 
 class SplitConfig(Section):
     """Shares of observations; the rest trains. Splits never cut an observation in two."""
 
-    by: Literal["observation"] = "observation"
+    by: Literal["observation", "footprint", "region"] = Field(
+        "observation", description="what stays whole: an observation, all that overlap on the ground, or a region"
+    )
     validation: float = Field(0.15, gt=0.0, lt=1.0)
     test: float = Field(0.25, gt=0.0, lt=1.0)
     seed: int = Field(0, ge=0)
@@ -117,6 +139,14 @@ class SplitConfig(Section):
         if self.validation + self.test >= 1.0:
             raise ValueError(f"validation {self.validation} + test {self.test} leaves nothing to train on")
         return self
+
+
+class AuditConfig(Section):
+    """What the leakage audit looks for, and what a leak does to a sweep."""
+
+    on_leak: Literal["fail", "warn"] = Field("fail", description="a leak ends a sweep before any training, or is said")
+    duplicate_bits: int = Field(4, ge=0, le=16, description="images whose perceptual hashes differ by at most this")
+    saturated_share: float = Field(0.05, gt=0.0, le=1.0, description="share of pixels at a range's end that is told")
 
 
 class UNetModel(Section):
@@ -205,6 +235,7 @@ class RunConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     data: DataConfig
     split: SplitConfig = SplitConfig()
+    audit: AuditConfig = AuditConfig()
     model: Model
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -218,7 +249,7 @@ class RunConfig(Section):
     @property
     def digest(self) -> str:
         """Digest of everything that can change the result; where scenes lie and the device cannot."""
-        content = self.model_dump(mode="json", exclude={"device": True, "data": {"cache", "path"}})
+        content = self.model_dump(mode="json", exclude={"device": True, "audit": True, "data": PLACES})
         return digest_of(content)
 
 
@@ -313,8 +344,9 @@ class PrunerConfig(Section):
 
 # The sweep must not let the search change what is compared, or on what.
 _FIXED = (
-    "seed", "device", "data.source", "data.path", "data.cache", "data.simulated", "data.carbonate", "data.target",
-    "data.target_normalization", "split", "evaluate", "model.kind",
+    "seed", "device", "data.source", "data.path", "data.cache", "data.store", "data.filters", "data.labels",
+    "data.ranges", "data.simulated", "data.carbonate", "data.target", "data.target_normalization", "split", "audit",
+    "evaluate", "model.kind",
 )  # fmt: skip
 
 
@@ -373,7 +405,7 @@ class SweepConfig(RunConfig):
             mode="json",
             exclude={
                 "trials": True, "max_failures": True, "study": True, "experiment": True, "device": True,
-                "data": {"cache", "path"}, "sampler": True, "pruner": True, "search": True,
+                "audit": True, "data": PLACES, "sampler": True, "pruner": True, "search": True,
             },
         )  # fmt: skip
         flat = dict(_flatten(content))

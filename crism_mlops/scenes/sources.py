@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ from crism_mlops.scenes.targets import (
     summary_parameters,
 )
 
+if TYPE_CHECKING:
+    import shapely
+
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
@@ -34,7 +38,8 @@ class Scene:
     bands: H x W x C float32, I/F (pairs: the stretched image in [0, 1]); band_names: C names;
     target: H x W x 3 float32, I/F or band depth (pairs: [0, 1]); valid: H x W bool;
     carbonate: H x W bool or None; carbonate_bearing: True, False, or None where nobody knows;
-    longitude (east, -180..180) and latitude in degrees or None; region: a name.
+    longitude (east, -180..180) and latitude in degrees or None; region: a name; footprint: outline of
+    the valid pixels on the ground (longitude, latitude in degrees), or None where it is unknown.
     """
 
     observation_id: str
@@ -48,6 +53,7 @@ class Scene:
     longitude_deg: float | None
     latitude_deg: float | None
     region: str
+    footprint: shapely.Polygon | None = None
 
     @property
     def kind(self) -> str:
