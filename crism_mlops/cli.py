@@ -6,19 +6,17 @@ Everything heavy is imported inside the command that needs it.
 from __future__ import annotations
 
 import errno
-import json
 import logging
-import math
 import os
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from crism_mlops.cli_data import data_app
 from crism_mlops.errors import CrismError
+from crism_mlops.terminal import AsJson, Progress, console, print_json
 
 app = typer.Typer(
     help="Experiment tracking and hyperparameter sweeps for predicting CRISM mineralogy from CaSSIS-like bands.",
@@ -26,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Look at scenes and observations.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 TrackingUri = Annotated[
@@ -40,7 +37,6 @@ TrackingUri = Annotated[
 Storage = Annotated[
     str | None, typer.Option("--storage", help="Optuna's store; default sqlite:///mlruns/optuna.db", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, logs on standard error")]
 Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
 DEFAULT_EXPERIMENT = "crism"
 SplitName = Literal["train", "validation", "test", "test_balanced"]
@@ -161,19 +157,17 @@ def status(
         raise StudyError(f"no study {study!r} in experiment {experiment!r}; it holds {', '.join(names) or 'none'}")
     statuses = [study_status(tracker, name) for name in ([study] if study else names)]
     if as_json:
-        _print_json(statuses[0] if study else {"experiment": experiment, "studies": statuses})
+        print_json(statuses[0] if study else {"experiment": experiment, "studies": statuses})
         return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    out = console()
     for table in status_tables(statuses):
-        console.print(table)
+        out.print(table)
     for one in statuses:
-        console.print(headline(one), highlight=False, soft_wrap=True)
+        out.print(headline(one), highlight=False, soft_wrap=True)
         for line in against_floors(one):
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            out.print(f"  {line}", highlight=False, soft_wrap=True)
     where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
-    console.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
+    out.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -199,7 +193,7 @@ def promote(
     done = promote_best(tracker, study, variant)
     decision = done.decision
     if as_json:
-        _print_json(
+        print_json(
             {
                 "name": done.name, "version": done.version, "alias": CHAMPION, "changed": decision.accepted,
                 "run": decision.candidate.name, "run_id": decision.candidate.run_id, "objective": decision.objective,
@@ -285,9 +279,8 @@ def evaluate(
     progress = Progress()
     result = evaluate_checkpoint(folder, config, load_scenes(config.data, progress.scenes), split)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{checkpoint}: {result['scenes']} scenes, split {split}", title_justify="left")
@@ -297,113 +290,7 @@ def evaluate(
         table.add_column(name, justify="right")
     for protocol, scores in result["scores"].items():
         table.add_row(protocol, *(f"{scores[n]:.4f}" for n in names))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-@data_app.command("inspect")
-def inspect_(
-    path: Annotated[Path, typer.Argument(help="an observation folder, or a folder of them, or of image pairs")],
-    as_json: AsJson = False,
-) -> None:
-    """What an observation or a folder holds, as a table.
-
-    Example: crism-mlops data inspect ../shared/data/scene_pairs
-    """
-    from crism_mlops.scenes.inspect import inspect_path
-
-    rows = inspect_path(path)
-    if as_json:
-        _print_json({"path": str(path), "observations": rows})
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{path}: {len(rows)} observations", title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _print_json(content: Any) -> None:
-    """JSON has neither NaN nor infinity: such a figure is null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    typer.echo(json.dumps(clean(content), indent=2, allow_nan=False))
-
-
-class Progress:
-    """What a sweep does, on standard error: a live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.started = time.monotonic()
-        self._last = 0.0
-        self._live = False
-
-    def say(self, words: str) -> None:
-        """A line that stays."""
-        clock = time.monotonic() - self.started
-        typer.echo(f"{self._clear()}[{clock:6.1f} s] {words}", err=True)
-
-    def _clear(self) -> str:
-        live, self._live = self._live, False
-        return "\r\x1b[K" if live else ""
-
-    def live(self, words: str) -> None:
-        """A line that the next one overwrites; on a terminal only, at most ten a second."""
-        now = time.monotonic()
-        if self.terminal and now - self._last > 0.1:
-            self._last = now
-            self._live = True
-            typer.echo(f"\r\x1b[K{words}", nl=False, err=True)
-
-    def scenes(self, done: int, total: int) -> None:
-        self.live(f"reading scenes: {done} of {total}")
-        if done == total:
-            self._live = self._live or self.terminal
-
-    def listener(self) -> Any:
-        """Callbacks for `run_study`."""
-        from crism_mlops.studies.run import Hooks
-        from crism_mlops.studies.study import Listener
-
-        current = {"trial": ""}
-
-        def trial(number: int, total: int, choices: Mapping[str, Any]) -> None:
-            current["trial"] = f"trial {number}"
-            shown = ", ".join(
-                f"{k.split('.')[-1]}={v:.3g}" if isinstance(v, float) else f"{k.split('.')[-1]}={v}"
-                for k, v in choices.items()
-            )
-            self.say(f"trial {number} ({total} in all): {shown}")
-
-        def ended(number: int, state: str, value: float | None, why: str) -> None:
-            figure = "" if value is None else f", objective {value:.4g}"
-            self.say(f"trial {number} {state.lower()}{figure}{': ' + why if why else ''}")
-
-        return Listener(
-            trial=trial,
-            ended=ended,
-            floors=lambda variant, normalization: self.say(f"floors for {variant}, {normalization}"),
-            hooks=Hooks(
-                step=lambda step, total, loss: self.live(
-                    f"{current['trial']}: step {step} of {total}, loss {loss:.4f}"
-                ),
-                report=lambda epoch, figures: self.live(
-                    f"{current['trial']}: epoch {epoch}, val/rmse {figures['val/rmse']:.2f}"
-                ),
-                phase=lambda words: self.live(f"{current['trial']}: {words}"),
-            ),
-        )
+    console(120).print(table)
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crism_mlops.errors import ProductError
+from crism_mlops.products.geometry import centre_degrees
 from crism_mlops.products.mtrdr import (
     Product,
-    centre_degrees,
     observation_folders,
     open_observation,
     open_product,

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from crism_mlops.config import DataConfig
 from crism_mlops.errors import CrismError, SceneError
-from crism_mlops.products.mtrdr import Product, centre_degrees, observation_folders, open_observation
+from crism_mlops.products.geometry import centre_degrees
+from crism_mlops.products.mtrdr import Product, observation_folders, open_observation
 from crism_mlops.products.regions import east_longitude_180, region_of
 from crism_mlops.scenes.bands import BAND_NAMES, band_image
 from crism_mlops.scenes.targets import (

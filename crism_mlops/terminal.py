@@ -1,0 +1,103 @@
+"""What the commands share: JSON and tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, logs on standard error")]
+
+
+def console(width: int = 140) -> Console:
+    """Standard output for tables: as wide as the terminal, or `width` where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+def print_json(content: Any) -> None:
+    """One document; JSON has neither NaN nor infinity: such a figure is null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    typer.echo(json.dumps(clean(content), indent=2, allow_nan=False))
+
+
+class Progress:
+    """What a sweep does, on standard error: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.started = time.monotonic()
+        self._last = 0.0
+        self._live = False
+
+    def say(self, words: str) -> None:
+        """A line that stays."""
+        clock = time.monotonic() - self.started
+        typer.echo(f"{self._clear()}[{clock:6.1f} s] {words}", err=True)
+
+    def _clear(self) -> str:
+        live, self._live = self._live, False
+        return "\r\x1b[K" if live else ""
+
+    def live(self, words: str) -> None:
+        """A line that the next one overwrites; on a terminal only, at most ten a second."""
+        now = time.monotonic()
+        if self.terminal and now - self._last > 0.1:
+            self._last = now
+            self._live = True
+            typer.echo(f"\r\x1b[K{words}", nl=False, err=True)
+
+    def scenes(self, done: int, total: int) -> None:
+        self.live(f"reading scenes: {done} of {total}")
+        if done == total:
+            self._live = self._live or self.terminal
+
+    def listener(self) -> Any:
+        """Callbacks for `run_study`."""
+        from crism_mlops.studies.run import Hooks
+        from crism_mlops.studies.study import Listener
+
+        current = {"trial": ""}
+
+        def trial(number: int, total: int, choices: Mapping[str, Any]) -> None:
+            current["trial"] = f"trial {number}"
+            shown = ", ".join(
+                f"{k.split('.')[-1]}={v:.3g}" if isinstance(v, float) else f"{k.split('.')[-1]}={v}"
+                for k, v in choices.items()
+            )
+            self.say(f"trial {number} ({total} in all): {shown}")
+
+        def ended(number: int, state: str, value: float | None, why: str) -> None:
+            figure = "" if value is None else f", objective {value:.4g}"
+            self.say(f"trial {number} {state.lower()}{figure}{': ' + why if why else ''}")
+
+        return Listener(
+            trial=trial,
+            ended=ended,
+            floors=lambda variant, normalization: self.say(f"floors for {variant}, {normalization}"),
+            hooks=Hooks(
+                step=lambda step, total, loss: self.live(
+                    f"{current['trial']}: step {step} of {total}, loss {loss:.4f}"
+                ),
+                report=lambda epoch, figures: self.live(
+                    f"{current['trial']}: epoch {epoch}, val/rmse {figures['val/rmse']:.2f}"
+                ),
+                phase=lambda words: self.live(f"{current['trial']}: {words}"),
+            ),
+        )
