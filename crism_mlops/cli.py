@@ -99,9 +99,10 @@ def sweep(
     if dry_run:
         _print_dry_run(config)
         return
-    from crism_mlops.scenes.sources import load_scenes
+    from crism_mlops.scenes.sources import load_scenes, require_source
     from crism_mlops.tracking import Tracker, shown
 
+    require_source(config.data)
     tracker = Tracker(tracking_uri, config.experiment)
     progress = Progress()
     scenes = load_scenes(config.data, progress.scenes)
@@ -263,19 +264,11 @@ def evaluate(
     Example: crism-mlops evaluate models:/crism-instruct-pix2pix@champion sweeps/quickstart-ip2p.yaml
     """
     from crism_mlops.config import load_sweep
-    from crism_mlops.errors import ModelError
     from crism_mlops.scenes.sources import load_scenes
     from crism_mlops.studies.run import evaluate_checkpoint
 
     config = load_sweep(file, tuple(set_ or []))
-    folder = Path(checkpoint).expanduser()
-    if checkpoint.startswith("models:/"):
-        from crism_mlops.tracking import download_checkpoint
-
-        folder = download_checkpoint(tracking_uri, checkpoint)
-    elif not folder.is_dir():
-        # Said before the scenes are read, which may take long.
-        raise ModelError(f"{folder}: no such folder; give a checkpoint's folder, or models:/NAME@champion")
+    folder = _checkpoint_folder(checkpoint, tracking_uri)
     progress = Progress()
     result = evaluate_checkpoint(folder, config, load_scenes(config.data, progress.scenes), split)
     if as_json:
@@ -291,6 +284,54 @@ def evaluate(
     for protocol, scores in result["scores"].items():
         table.add_row(protocol, *(f"{scores[n]:.4f}" for n in names))
     console(120).print(table)
+
+
+def _checkpoint_folder(checkpoint: str, tracking_uri: str | None) -> Path:
+    """A checkpoint's folder, fetched where it is a registered model."""
+    if checkpoint.startswith("models:/"):
+        from crism_mlops.tracking import download_checkpoint
+
+        return download_checkpoint(tracking_uri, checkpoint)
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        # Said before the scenes are read, which may take long.
+        from crism_mlops.errors import ModelError
+
+        raise ModelError(f"{folder}: no such folder; give a checkpoint's folder, or models:/NAME@champion")
+    return folder
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or models:/NAME@champion")],
+    scene: Annotated[Path, typer.Argument(help="an observation's folder, or a GeoTIFF of CaSSIS-like bands in I/F")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the GeoTIFF to write")],
+    bands: Annotated[
+        str | None,
+        typer.Option(help="names of a GeoTIFF's bands in their order, e.g. PAN,RED,NIR", show_default=False),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="a picture beside it, for a quick look")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="replace files that exist")] = False,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Predict one scene's mineral parameters as a GeoTIFF with its map projection.
+
+    Example: crism-mlops predict models:/crism-instruct-pix2pix@champion mtrdr/frt0000643d -o frt0000643d.tif
+    """
+    from crism_mlops.studies.predict import check_output, predict_scene, write_prediction
+
+    picture = output.with_suffix(".png") if png else None
+    check_output(output, picture, force)
+    names = None if bands is None else tuple(name.strip() for name in bands.split(","))
+    made = predict_scene(_checkpoint_folder(checkpoint, tracking_uri), scene, device, names)
+    write_prediction(made, output, force=force, picture=picture)
+    height, width = made.source.scene.valid.shape
+    shown = ", ".join(f"{name} ({unit})" for name, unit in zip(made.names, made.units, strict=True))
+    where = "in map projection" if made.source.grid else "a plain TIFF: nobody knows where its pixels lie"
+    typer.echo(f"{output}: {shown}; {height} x {width} pixels, {where}")
+    for note in made.source.notes:
+        typer.echo(f"note: {note}")
 
 
 def main() -> None:

@@ -22,6 +22,14 @@ class SceneError(CrismError):
     """An observation that cannot become a scene (a product or a band is missing)."""
 
 
+class StoreError(CrismError):
+    """The store of built scenes and data sets cannot be read or written."""
+
+
+class ClusterError(CrismError):
+    """Worker processes or a Ray cluster that cannot be used."""
+
+
 class DatasetError(CrismError):
     """Scenes that cannot become a data set (an empty split, too few carbonate scenes)."""
 

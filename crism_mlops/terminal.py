@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +36,36 @@ def print_json(content: Any) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     typer.echo(json.dumps(clean(content), indent=2, allow_nan=False))
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """`say(what, done, total)` as a bar for each `what`, on standard error; a line a tenth elsewhere."""
+    if not sys.stderr.isatty():
+        last: dict[str, int] = {}
+
+        def line(what: str, done: int, total: int) -> None:
+            tenth = 10 * done // max(total, 1)
+            if last.get(what) != tenth:
+                last[what] = tenth
+                typer.echo(f"{what}: {done} of {total}", err=True)
+
+        yield line
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+               progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn())  # fmt: skip
+    with progress.Progress(*columns, console=Console(stderr=True)) as shown:
+        tasks: dict[str, progress.TaskID] = {}
+
+        def bar(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield bar
 
 
 class Progress:

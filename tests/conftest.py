@@ -13,6 +13,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from crism_mlops.config import DataConfig
 from crism_mlops.products.simulate import Simulation, write_simulation
-from crism_mlops.scenes.sources import Scene, load_scenes
+from crism_mlops.scenes.scene import Scene
+from crism_mlops.scenes.sources import load_scenes
 
 # ENVI's "data type" codes, the ones that the tests write.
 ENVI_CODES = {"u1": 1, "i2": 2, "i4": 3, "f4": 4, "f8": 5, "u2": 12}
@@ -39,6 +41,12 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test works in a folder of its own: what is written to mlruns/ is nobody else's."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def observation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one simulated observation, 40 x 40 pixels; look, don't touch."""
@@ -49,14 +57,17 @@ def observation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def simulated_scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
     """16 simulated scenes of 32 x 32 pixels with the target fal, at least 4 of each kind."""
+    folder = tmp_path_factory.mktemp("simulated")
     config = DataConfig.model_validate(
         {
             "source": "simulated",
-            "cache": str(tmp_path_factory.mktemp("simulated")),
+            "cache": str(folder / "cache"),
+            "store": str(folder / "store"),
             "simulated": {"scenes": 16, "size": 32, "seed": 11},
         }
     )
-    scenes = load_scenes(config)
+    # Tests change pixels: a scene is then known by its pixels, not by what it was built from.
+    scenes = [replace(scene, digest=None) for scene in load_scenes(config)]
     for kind in (True, False):
         assert sum(scene.carbonate_bearing is kind for scene in scenes) >= 4
     return scenes

@@ -16,13 +16,13 @@ from diffusers import StableDiffusionInstructPix2PixPipeline as Pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from crism_mlops.config import InstructPix2PixModel, ScratchUNet, UNetModel
-from crism_mlops.dataset.manifest import Sample
+from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, scratch_unet
 from crism_mlops.models.latents import LatentCache, round_trip, weights_digest
 from crism_mlops.models.unet import UNet
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 
 SIDE = 32
 SCRATCH = ScratchUNet(block_channels=(16, 32), attention_heads=4)

@@ -19,7 +19,8 @@ from crism_mlops.errors import CrismError, ProductError, SceneError
 from crism_mlops.products.mtrdr import Product, open_observation, open_product
 from crism_mlops.products.simulate import mtrdr_wavelengths
 from crism_mlops.scenes.bands import BAND_NAMES, CASSIS_BANDS, FILTERS, Filter, band_image, filter_weights
-from crism_mlops.scenes.sources import Scene, load_scenes, scene_from_products
+from crism_mlops.scenes.scene import Scene, scene_from_products
+from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.scenes.targets import (
     CARBONATE_PARAMETERS,
     TARGET_PARAMETERS,
@@ -420,14 +421,15 @@ def test_folder_of_observations(observation: Path, tmp_path: Path, caplog: pytes
     assert [scene.observation_id for scene in scenes] == [observation.name]
     assert calls == [(1, 3), (2, 3), (3, 3)]
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
+    assert len(messages) == 3
+    assert messages[-1] == "2 of 3 observations left out"
     assert any("frt00000009 left out" in message for message in messages)
     assert any("stands in two folders" in message for message in messages)
 
 
 def test_folder_where_nothing_can_be_used(tmp_path: Path) -> None:
     (tmp_path / "frt00000009_07_if164j_mtr3.hdr").write_text("ENVI\n")
-    with pytest.raises(SceneError, match="none of its 1 observations"):
+    with pytest.raises(SceneError, match="none of the 1 observations"):
         load_scenes(configuration(path=str(tmp_path)))
 
 

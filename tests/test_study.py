@@ -17,7 +17,7 @@ from trackers import new_tracker, optuna_store, small_scenes, small_sweep
 from crism_mlops.config import RunConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StudyError, TrackingError
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies import study as study_module
 from crism_mlops.studies.run import Hooks, TrackedRun
 from crism_mlops.studies.study import Listener, Summary, open_study, run_study, study_lock
@@ -568,4 +568,4 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
     run_study(sweep, simulated_scenes, tracker, bench.storage, None, tmp_path / "work")
     assert len(tracker.find(crism_study="small")) == 5, "nothing is computed twice"
     assert not (tmp_path / "work" / "small").exists()
-    assert not (tmp_path / "mlruns").exists()
+    assert [path.name for path in (tmp_path / "mlruns").iterdir()] == ["store"], "the tracker lies elsewhere"

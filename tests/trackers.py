@@ -15,7 +15,7 @@ import numpy as np
 
 from crism_mlops.config import SweepConfig
 from crism_mlops.scenes.bands import BAND_NAMES
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 from crism_mlops.tracking import Tracker
 
 EXPERIMENT = "crism-test"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig, SplitConfig, digest_of
+from crism_mlops.dataset.samples import Samples, build_samples
 from crism_mlops.dataset.split import Split, split_scenes
-from crism_mlops.dataset.variants import PHYSICAL_RANGE, InputTransform, fit_transform, target_image
-from crism_mlops.dataset.views import apply_view, views_of
-from crism_mlops.scenes.sources import Scene
-
-if TYPE_CHECKING:
-    import torch
+from crism_mlops.dataset.variants import InputTransform, fit_transform, physical_ranges, target_image
+from crism_mlops.scenes.scene import Scene
 
 SplitName = Literal["train", "validation", "test", "test_balanced"]
 
@@ -33,16 +30,25 @@ class Pair:
     truth: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One view of a scene as it is trained on: input C x R x R and target 3 x R x R in [-1, 1],
-    valid R x R bool."""
+class Pairs(Sequence[Pair]):
+    """Scenes as they are scored, each rendered when it is asked for: one at a time is in memory."""
 
-    scene: Scene
-    view: str
-    input: torch.Tensor
-    target: torch.Tensor
-    valid: torch.Tensor
+    def __init__(self, scenes: Sequence[Scene], transform: InputTransform, data: DataConfig) -> None:
+        self._scenes, self._transform, self._data = scenes, transform, data
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        scene, data = self._scenes[index], self._data
+        truth = target_image(scene, data.target, data.target_normalization, data.ranges)
+        return Pair(scene, self._transform.image(scene), truth)
 
 
 @dataclass(frozen=True)
@@ -60,33 +66,30 @@ class Manifest:
         by_id = {s.observation_id: s for s in self.scenes}
         return [by_id[i] for i in getattr(self.split, name)]
 
-    def pairs(self, name: SplitName) -> list[Pair]:
+    def pairs(self, name: SplitName) -> Sequence[Pair]:
         """The scenes of a split as they are scored."""
-        return [
-            Pair(s, self.transform.image(s), target_image(s, self.data.target, self.data.target_normalization))
-            for s in self.of(name)
-        ]
+        return Pairs(self.of(name), self.transform, self.data)
 
-    def samples(self, name: SplitName = "train") -> list[Sample]:
-        """Every view of every scene of a split that shows any data."""
-        samples = []
-        for pair in self.pairs(name):
-            for view in views_of(pair.scene.observation_id, self.data.views, self.seed):
-                image, valid = apply_view(pair.image, pair.scene.valid, view, self.data.resolution)
-                if valid.any():
-                    target, _ = apply_view(pair.truth, pair.scene.valid, view, self.data.resolution)
-                    samples.append(Sample(pair.scene, view.name, image, target, valid))
-        return samples
+    def samples(
+        self,
+        name: SplitName = "train",
+        where: Where | None = None,
+        on_scene: Callable[[int, int], None] | None = None,
+    ) -> Samples:
+        """Every view of every scene of a split that shows any data; rendered into the store first
+        where they are not there yet. Raises StoreError if it cannot be written."""
+        scenes = self.of(name)
+        return Samples(scenes, build_samples(scenes, self.data, self.transform, self.seed, where, on_scene), self.data)
 
     @cached_property
     def scenes_digest(self) -> str:
         """Digest of the scenes' pixels and of the split: the same for every variant."""
-        return digest_of({"scenes": [_scene_digest(s) for s in self.scenes], "split": asdict(self.split)})
+        return digest_of({"scenes": [s.content for s in self.scenes], "split": asdict(self.split)})
 
     @cached_property
     def test_digest(self) -> str:
         """Digest of the test scenes alone."""
-        return digest_of({"scenes": [_scene_digest(s) for s in self.of("test")], "balanced": self.split.test_balanced})
+        return digest_of({"scenes": [s.content for s in self.of("test")], "balanced": self.split.test_balanced})
 
     @cached_property
     def digest(self) -> str:
@@ -96,7 +99,7 @@ class Manifest:
                 "scenes": self.scenes_digest,
                 "transform": asdict(self.transform),
                 "target": [self.data.target, self.data.target_normalization],
-                "ranges": PHYSICAL_RANGE,
+                "ranges": physical_ranges(self.data.ranges),
                 "resolution": self.data.resolution,
                 "views": self.data.views,
                 "seed": self.seed,
@@ -114,16 +117,5 @@ def build_manifest(scenes: Sequence[Scene], data: DataConfig, split: SplitConfig
     ordered = sorted(scenes, key=lambda s: s.observation_id)
     of_train = set(parts.train)
     train = [s for s in ordered if s.observation_id in of_train]
-    transform = fit_transform(train, data.variant, data.normalization)
+    transform = fit_transform(train, data.variant, data.normalization, data.ranges)
     return Manifest(tuple(ordered), parts, transform, data, split.seed)
-
-
-def _scene_digest(scene: Scene) -> str:
-    content = blake2b(digest_size=8)
-    content.update(scene.observation_id.encode())
-    for array in (scene.bands, scene.target, scene.valid, scene.carbonate):
-        if array is not None:
-            content.update(f"{array.shape}".encode())
-            content.update(np.ascontiguousarray(array).tobytes())
-    content.update(f"{scene.carbonate_bearing} {scene.longitude_deg} {scene.latitude_deg} {scene.region}".encode())
-    return content.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 
 
 def render(template: str, longitude: float | None, latitude: float | None, location: str | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from crism_mlops.config import Normalization, Variant
 from crism_mlops.errors import DatasetError
 from crism_mlops.scenes.bands import CASSIS_BANDS
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
 
 # `pca` starts from all four bands.
@@ -33,6 +35,11 @@ PHYSICAL_RANGE: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
+Ranges = Mapping[str, tuple[float, float]]
+# Pixels that percentiles of principal components are taken from: of one scene, and of all.
+_SAMPLE, _SAMPLES = 4096, 1 << 20
+
+
 def cassis_can_give(variant: Variant) -> bool:
     """Whether four CaSSIS bands are enough for a variant (`rect` needs 1550-1990 nm)."""
     return set(VARIANT_BANDS[variant]) <= set(CASSIS_BANDS)
@@ -43,11 +50,26 @@ def channels(variant: Variant) -> int:
     return 4 if variant == "cassis4" else 3
 
 
+def physical_ranges(ranges: Ranges | None = None) -> dict[str, tuple[float, float]]:
+    """PHYSICAL_RANGE with the ranges of the configuration (`data.ranges`) in place of its own.
+
+    Raises DatasetError for a name that is neither a band nor a parameter.
+    """
+    unknown = sorted(set(ranges or ()) - set(PHYSICAL_RANGE))
+    if unknown:
+        raise DatasetError(
+            f"data.ranges: no band or parameter {', '.join(unknown)}; known names: {', '.join(PHYSICAL_RANGE)}"
+        )
+    return PHYSICAL_RANGE | dict(ranges or {})
+
+
 @dataclass(frozen=True, slots=True)
 class InputTransform:
-    """Scene -> input image. For `pca` it holds what was fitted on train pixels only.
+    """Scene -> input image, with all that it needs: a checkpoint that holds it holds its ranges.
 
-    mean: 4, components: 3 x 4, low and high: 3 (float64, I/F), or None for the other variants.
+    low and high (C values, I/F): the fixed range of each channel, None where each image has its
+    own. For `pca` mean (4) and components (3 x 4), and in `fitted_on` the ids of the scenes that
+    these, low and high were fitted on; None where nothing was fitted.
     """
 
     variant: Variant
@@ -56,63 +78,148 @@ class InputTransform:
     components: tuple[tuple[float, ...], ...] | None = None
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
+    fitted_on: tuple[str, ...] | None = None
 
     def image(self, scene: Scene) -> NDArray[np.float32]:
         """H x W x C float32 in [0, 1], 0 without data.
 
         Raises DatasetError if the scene lacks a band of the variant.
         """
-        values = _bands(scene, self.variant)
+        values: NDArray[np.floating[Any]] = _bands(scene, self.variant)
         if scene.source == "pairs":
             # Stretched already, before they were resized: their brightest pixel need not be 1.
             return np.where(scene.valid[..., None], values, np.float32(0.0))
         if self.mean is not None and self.components is not None:
-            values = ((values - np.array(self.mean)) @ np.array(self.components).T).astype(np.float32)
+            values = (values - np.array(self.mean)) @ np.array(self.components).T
         if self.normalization != "physical":
             low, high = _image_range(values[scene.valid], self.normalization)
         elif self.low is not None and self.high is not None:
             low, high = np.array(self.low), np.array(self.high)
         else:
-            low, high = np.array([PHYSICAL_RANGE[name] for name in VARIANT_BANDS[self.variant]]).T
+            # Checkpoints of version 0.1 name no range.
+            low, high = _columns(PHYSICAL_RANGE, VARIANT_BANDS[self.variant])
         return _scaled(values, low, high, scene.valid)
 
 
-def fit_transform(scenes: Sequence[Scene], variant: Variant, normalization: Normalization) -> InputTransform:
-    """The transform of a variant; `scenes` are the train scenes, the only ones it may learn from."""
-    if variant != "pca":
+def fit_transform(
+    scenes: Sequence[Scene], variant: Variant, normalization: Normalization, ranges: Ranges | None = None
+) -> InputTransform:
+    """The transform of a variant; `scenes` are the train scenes, the only ones it may learn from.
+
+    `ranges` replaces physical ranges by name. Only `pca` is fitted: its mean and covariance over
+    all valid pixels, scene by scene in the order of their ids, and for `physical` the 0.5 and 99.5
+    percentiles of the components as its range. Raises DatasetError for an unknown name in
+    `ranges`, and where there are fewer than two pixels to fit on.
+    """
+    known = physical_ranges(ranges)
+    if variant == "pca":
+        return _fit_pca(sorted(scenes, key=lambda s: s.observation_id), normalization)
+    if normalization != "physical":
         return InputTransform(variant, normalization)
-    pixels = np.concatenate([_bands(s, variant)[s.valid] for s in scenes]).astype(np.float64)
-    mean = pixels.mean(axis=0)
-    values, vectors = np.linalg.eigh(np.cov((pixels - mean).T))
-    components = vectors[:, np.argsort(values)[::-1][:3]].T
-    # The sign of an eigenvector is arbitrary; make its largest entry positive.
-    signs = np.sign(components[np.arange(3), np.abs(components).argmax(axis=1)])
-    components = components * signs[:, None]
-    low, high = np.percentile((pixels - mean) @ components.T, (0.5, 99.5), axis=0)
-    return InputTransform(
-        variant,
-        normalization,
-        mean=tuple(map(float, mean)),
-        components=tuple(tuple(map(float, row)) for row in components),
-        low=tuple(map(float, low)),
-        high=tuple(map(float, high)),
-    )
+    low, high = _columns(known, VARIANT_BANDS[variant])
+    return InputTransform(variant, normalization, low=_floats(low), high=_floats(high))
 
 
-def target_image(scene: Scene, target: str, normalization: str) -> NDArray[np.float32]:
+def target_image(scene: Scene, target: str, normalization: str, ranges: Ranges | None = None) -> NDArray[np.float32]:
     """The truth as H x W x 3 float32 in [0, 1], 0 without data.
 
-    `physical`: fixed ranges, so I/F or band depth can be had back; `minmax`: image-wise, as
-    published, without an inverse. Pairs hold images that were stretched so already.
+    `physical`: fixed ranges, so `inverse_target` gives I/F or band depth back; `minmax` and
+    `percentile`: image-wise, without an inverse. Pairs hold images that were stretched so already.
     """
     if scene.source == "pairs":
         return np.where(scene.valid[..., None], scene.target, np.float32(0.0))
-    if normalization == "minmax":
-        low, high = _image_range(scene.target[scene.valid], "minmax")
+    if target_has_inverse(normalization):
+        low, high = _target_range(target, ranges)
     else:
-        names = TARGET_PARAMETERS[target]  # type: ignore[index]
-        low, high = np.array([PHYSICAL_RANGE[name] for name in names]).T
+        low, high = _image_range(scene.target[scene.valid], normalization)
     return _scaled(scene.target, low, high, scene.valid)
+
+
+def target_has_inverse(normalization: str) -> bool:
+    """Whether a target image's values stand for I/F or band depth, the same for every scene."""
+    return normalization == "physical"
+
+
+def inverse_target(
+    image: NDArray[np.floating[Any]], target: str, normalization: str, ranges: Ranges | None = None
+) -> NDArray[np.float32]:
+    """A target image, true or predicted (H x W x 3 in [0, 1]) -> I/F or band depth, float32.
+
+    What lay outside the range comes back as its end, and no data as its low end: use the scene's
+    mask. Raises DatasetError for a target that was stretched image by image.
+    """
+    if not target_has_inverse(normalization):
+        raise DatasetError(
+            f"target normalisation {normalization} stretches each image by itself, so its values stand for no I/F or "
+            "band depth; use data.target_normalization=physical"
+        )
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise DatasetError(f"a target image is H x W x 3; found {' x '.join(map(str, image.shape))}")
+    low, high = _target_range(target, ranges)
+    return (image * (high - low) + low).astype(np.float32)
+
+
+def _target_range(target: str, ranges: Ranges | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if target not in TARGET_PARAMETERS:
+        raise DatasetError(f"no target {target}; known targets: {', '.join(TARGET_PARAMETERS)}")
+    return _columns(physical_ranges(ranges), TARGET_PARAMETERS[target])
+
+
+def _fit_pca(scenes: Sequence[Scene], normalization: Normalization) -> InputTransform:
+    count, mean, scatter = 0, np.zeros(4), np.zeros((4, 4))
+    sampled = []
+    per_scene = max(1, min(_SAMPLE, _SAMPLES // max(1, len(scenes))))
+    for scene in scenes:
+        pixels = _bands(scene, "pca")[scene.valid].astype(np.float64)
+        if not len(pixels):
+            continue
+        # Chan, Golub and LeVeque (1983), Am. Stat. 37, 242: moments of two sets merged, so that
+        # one scene's pixels are held at a time.
+        own = pixels.mean(axis=0)
+        shift, total = own - mean, count + len(pixels)
+        scatter += (pixels - own).T @ (pixels - own) + np.outer(shift, shift) * (count * len(pixels) / total)
+        mean, count = mean + shift * (len(pixels) / total), total
+        sampled.append(_sample(pixels, per_scene, scene.observation_id))
+    if count < 2:
+        raise DatasetError(
+            f"principal components need 2 valid pixels, the {len(scenes)} train scenes have {count}; add train scenes"
+        )
+    values, vectors = np.linalg.eigh(scatter / (count - 1))
+    components = vectors[:, np.argsort(values)[::-1][:3]].T
+    # The sign of an eigenvector is arbitrary; make its largest entry positive.
+    components *= np.sign(components[np.arange(3), np.abs(components).argmax(axis=1)])[:, None]
+    low = high = None
+    if normalization == "physical":
+        projected = (np.concatenate(sampled) - mean) @ components.T
+        low, high = map(_floats, np.percentile(projected, (0.5, 99.5), axis=0))
+    return InputTransform(
+        "pca",
+        normalization,
+        mean=_floats(mean),
+        components=tuple(map(_floats, components)),
+        low=low,
+        high=high,
+        fitted_on=tuple(s.observation_id for s in scenes),
+    )
+
+
+def _sample(pixels: NDArray[np.float64], at_most: int, observation_id: str) -> NDArray[np.float64]:
+    """All pixels, or `at_most` of them: the same ones whatever other scenes there are."""
+    if len(pixels) <= at_most:
+        return pixels
+    seed = int.from_bytes(blake2b(observation_id.encode(), digest_size=8).digest(), "big")
+    return pixels[np.random.default_rng(seed).choice(len(pixels), at_most, replace=False)]
+
+
+def _columns(
+    ranges: Mapping[str, tuple[float, float]], names: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    low, high = np.array([ranges[name] for name in names], dtype=np.float64).T
+    return low, high
+
+
+def _floats(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(map(float, values))
 
 
 def _bands(scene: Scene, variant: Variant) -> NDArray[np.float32]:
@@ -126,16 +233,19 @@ def _bands(scene: Scene, variant: Variant) -> NDArray[np.float32]:
     return scene.bands[..., [scene.band_names.index(name) for name in wanted]]
 
 
-def _image_range(pixels: NDArray[np.float32], normalization: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _image_range(
+    pixels: NDArray[np.floating[Any]], normalization: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     ends = (2.0, 98.0) if normalization == "percentile" else (0.0, 100.0)
     low, high = np.percentile(pixels.astype(np.float64), ends, axis=0)
     return low, high
 
 
 def _scaled(
-    values: NDArray[np.float32], low: NDArray[np.float64], high: NDArray[np.float64], valid: NDArray[np.bool_]
+    values: NDArray[np.floating[Any]], low: NDArray[np.float64], high: NDArray[np.float64], valid: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
     # A constant channel has no range; it becomes 0 and not NaN.
-    span = np.where(high > low, high - low, 1.0)
-    image = np.clip((values - low) / span, 0.0, 1.0)
+    span = np.where(high > low, high - low, np.inf)
+    with np.errstate(over="ignore"):
+        image = np.clip((values - low) / span, 0.0, 1.0)
     return np.where(valid[..., None], image, 0.0).astype(np.float32)

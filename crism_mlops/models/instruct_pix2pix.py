@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import InstructPix2PixModel, ScratchUNet
-from crism_mlops.dataset.manifest import Sample
 from crism_mlops.dataset.prompts import scene_prompt
+from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
 from crism_mlops.models.latents import LatentCache, Tensors, encode_distribution, round_trip, weights_digest
 

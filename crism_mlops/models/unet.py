@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import UNetModel
-from crism_mlops.dataset.manifest import Sample
+from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
 from crism_mlops.models.latents import LatentCache, Tensors
 

@@ -1,14 +1,17 @@
-"""ENVI header + image -> Product: a lazy view of the bands asked for.
+"""ENVI header, PDS3 label and image -> Product: a lazy view of the bands asked for.
 
-Names and formats: CRISM Data Product Software Interface Specification (MTRDR, TER); a file is
-ccc00000000_xx_ooaaas_MTRv, upper or lower case, with ENVI headers beside the images.
+Names and formats: CRISM Data Product Software Interface Specification (MTRDR, TER, TRDR); a file is
+ccc00000000_xx_ooaaas_MTRv, upper or lower case. MTRDR and TER images have an ENVI header and a
+label beside them, TRDR images a label alone.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crism_mlops.errors import ProductError
+from crism_mlops.products.labels import Label, Layout, read_label
 
 _NAME = re.compile(
     r"^(?P<observation>[a-z]{3}[0-9a-f]{8})_(?P<counter>[0-9a-f]{2})_"
@@ -25,13 +29,24 @@ _NAME = re.compile(
 # ENVI "data type" codes (ENVI Header Files, NV5 Geospatial documentation).
 _DTYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
 _MAX_PIXELS = 100_000 * 100_000
+# The longest real header has 15 kB and 400 lines; spectral's time grows with the square of the lines.
+_MAX_HEADER_BYTES, _MAX_HEADER_LINES = 4 << 20, 20_000
+_SUFFIXES = (".hdr", ".lbl", ".lbl.txt", ".img")
+# Digests of an observation whose images were dropped after use (products/digests.py).
+RECEIPT = "crism-mlops-receipt.json"
+_LEVELS = ("trr", "ter", "mtr")
+# A detector has 480 rows and 640 columns.
+_MAX_WAVELENGTHS = 480 * 640
+# What CRISM writes where a float product has no data (and 255 in browse products).
+_NODATA = 65535.0
 
 
 @dataclass(frozen=True, slots=True)
 class ProductName:
     """What a file name says: observation id, product kind (if, sr, de, brtan, ...), sensor, level.
 
-    `level` is mtr (map-projected, both detectors joined), ter (joined) or trr (one detector).
+    `level` is mtr (map-projected, both detectors joined), ter (joined) or trr (one detector);
+    `counter` tells the images of one observation apart (two hexadecimal digits).
     """
 
     observation_id: str
@@ -39,6 +54,7 @@ class ProductName:
     sensor: str
     level: str
     version: int
+    counter: str = ""
 
 
 def parse_name(path: Path) -> ProductName | None:
@@ -46,15 +62,18 @@ def parse_name(path: Path) -> ProductName | None:
     match = _NAME.match(path.name.split(".")[0].lower())
     if match is None:
         return None
-    return ProductName(match["observation"], match["kind"], match["sensor"], match["level"], int(match["version"]))
+    observation, kind, sensor, level, counter = match.group("observation", "kind", "sensor", "level", "counter")
+    return ProductName(observation, kind, sensor, level, int(match["version"]), counter)
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One image file, described by its header; no pixel is read until `read`.
+    """One image file, described by its header or label; no pixel is read until `read`.
 
     `shape` is (H, W, B); `wavelengths_nm` is float64 of length B or None; `band_names` a tuple of
-    length B or None; `map_info` the ENVI "map info" fields or None.
+    length B or None; `map_info` the ENVI "map info" fields or None; `label` the PDS3 label where
+    there is one; `scaling` the offset and the factor of each band where the physical value is
+    offset + DN * factor; `projection_wkt` the header's coordinate system string.
     """
 
     observation_id: str
@@ -68,6 +87,9 @@ class Product:
     wavelengths_nm: NDArray[np.float64] | None
     band_names: tuple[str, ...] | None
     map_info: tuple[str, ...] | None
+    label: Path | None = None
+    scaling: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    projection_wkt: str | None = None
 
     def read(self, bands: Sequence[int], rows: slice | None = None) -> NDArray[np.float32]:
         """The named bands (of some rows) as H x W x len(bands) float32, NaN where there is no data.
@@ -88,15 +110,42 @@ class Product:
         axis = {"bsq": 0, "bil": 1, "bip": 2}[self.interleave]
         if rows is not None:
             image = image[:, rows] if self.interleave == "bsq" else image[rows]
-        raw = np.moveaxis(np.take(image, list(bands), axis=axis), axis, -1)
+        try:
+            raw = np.moveaxis(np.asarray(np.take(image, list(bands), axis=axis)), axis, -1)
+            return np.ascontiguousarray(self.physical(raw, bands))
+        except MemoryError as error:
+            raise ProductError(f"{self.path}: {len(bands)} bands of it do not fit into memory") from error
+
+    def physical(self, raw: NDArray[Any], bands: Sequence[int]) -> NDArray[np.float32]:
+        """Raw samples of some bands as physical values, NaN where there is no data.
+
+        `raw` is ... x len(bands) in the dtype on disk, in any memory order; the result has its
+        shape. Where raw is a writable float32 array of the machine's byte order, its memory is
+        used for the result.
+        """
+        values: NDArray[np.float32]
         # Values beyond float32, such as -1.8e308 for no data, become infinite and so missing; numpy
         # calls a signalling NaN invalid.
         with np.errstate(over="ignore", invalid="ignore"):
-            values = np.ascontiguousarray(raw, dtype=np.float32)
-            missing = ~np.isfinite(values)
-            if self.nodata is not None:
-                missing |= values == np.float32(self.nodata)
-        values[missing] = np.nan
+            if raw.dtype.kind == "f":
+                ours = raw.dtype == np.float32 and raw.dtype.isnative and raw.flags.writeable
+                values = raw if ours else raw.astype(np.float32)
+                missing = None if self.nodata is None else values == np.float32(self.nodata)
+            else:
+                # Compared as whole numbers: float32 cannot tell 2^24 from its neighbour.
+                whole = self.nodata is not None and self.nodata.is_integer()
+                missing = raw == int(self.nodata) if whole and self.nodata is not None else None
+                values = raw.astype(np.float32)
+            if self.scaling is not None:
+                offset, factor = (np.array(part, dtype=np.float32)[list(bands)] for part in self.scaling)
+                values *= factor
+                values += offset
+            if raw.dtype.kind == "f" or self.scaling is not None:
+                absent = np.isfinite(values)
+                np.logical_not(absent, out=absent)
+                missing = absent if missing is None else np.logical_or(missing, absent, out=absent)
+        if missing is not None:
+            np.copyto(values, np.float32(np.nan), where=missing)
         return values
 
     def nearest_band(self, wavelength_nm: float, tolerance_nm: float = 10.0) -> int:
@@ -105,8 +154,9 @@ class Product:
         Raises ProductError where the nearest one is further away than the tolerance.
         """
         if self.wavelengths_nm is None:
-            raise ProductError(f"{self.path.name}: the header lists no wavelengths; an I/F product has them")
-        distance = np.abs(self.wavelengths_nm - wavelength_nm)
+            raise ProductError(f"{self.path.name}: lists no wavelengths; {self._wavelength_source()}")
+        # A detector row outside the scene has no wavelength.
+        distance = np.nan_to_num(np.abs(self.wavelengths_nm - wavelength_nm), nan=np.inf)
         index = int(np.argmin(distance))
         if distance[index] > tolerance_nm:
             raise ProductError(
@@ -114,6 +164,15 @@ class Product:
                 f"{self.wavelengths_nm[index]:.1f} nm, further than {tolerance_nm:.1f} nm"
             )
         return index
+
+    def _wavelength_source(self) -> str:
+        name = parse_name(self.path)
+        if name is None or name.level != "trr":
+            return "an I/F product's header has them"
+        return (
+            "use the MTRDR or TER product, or put the CDR WA file that its label names "
+            "(MRO:WAVELENGTH_FILE_NAME) and that file's label beside it"
+        )
 
     def named_band(self, name: str) -> int:
         """Index of a band by its name; raises ProductError with the names there are."""
@@ -123,68 +182,88 @@ class Product:
         return names.index(name)
 
 
-def open_product(header: Path) -> Product:
-    """Read an ENVI header and check it against its image file.
+def open_product(path: Path, root: Path | None = None) -> Product:
+    """Read a product's ENVI header or PDS3 label, or both, and check them against its image file.
 
-    Raises ProductError if the header is not ENVI's, lacks a field, states absurd dimensions, or
-    if the image is missing or shorter than the header says.
+    `path` is either one; the other is looked for beside it. The header describes the image where
+    there is one, and a label beside it must agree; the label adds scaling and, where the header is
+    silent, no-data and band names. No file may lie outside `root` (by default the folder of
+    `path`), symbolic links followed.
+
+    Raises ProductError if a file is missing, not readable as what it is, describes an absurd
+    image, or leaves the root; if header and label disagree; if the image's size is not the one
+    described (it may be longer where the label puts another object into the same file).
     """
-    name = parse_name(header)
+    name = parse_name(path)
     if name is None:
-        raise ProductError(f"{header.name}: not the name of a CRISM product (e.g. frt0000643d_07_if164j_mtr3.hdr)")
-    fields = _header_fields(header)
-    image = _image_beside(header)
-    try:
-        shape = (int(fields["lines"]), int(fields["samples"]), int(fields["bands"]))
-        interleave = str(fields["interleave"]).lower()
-        code = int(fields["data type"])
-        offset = int(fields.get("header offset", 0))
-        order = int(fields.get("byte order", 0))
-        nodata = float(fields["data ignore value"]) if "data ignore value" in fields else None
-        wavelengths = _listed(fields.get("wavelength"))
-        wavelengths_nm = None if wavelengths is None else np.array([float(w) for w in wavelengths])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProductError(f"{header}: a field is missing or not a number ({_one_line(error)})") from error
-    if interleave not in ("bsq", "bil", "bip") or code not in _DTYPES or order not in (0, 1):
-        raise ProductError(
-            f"{header}: interleave {interleave!r}, data type {code}, byte order {order}; expected bsq, bil or bip, "
-            f"a real data type ({', '.join(map(str, _DTYPES))}) and byte order 0 or 1"
-        )
-    if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS or offset < 0:
-        raise ProductError(
-            f"{header}: {shape[0]} lines x {shape[1]} samples x {shape[2]} bands at header offset {offset} "
-            "is not a CRISM image"
-        )
-    dtype = np.dtype((">" if order else "<") + _DTYPES[code])
-    expected = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
-    found = image.stat().st_size
-    if found < expected:
-        raise ProductError(
-            f"{image}: {found} bytes, but its header describes {expected}; the file is truncated, download it again"
-        )
-    if wavelengths_nm is not None:
-        if wavelengths_nm.size != shape[2]:
-            raise ProductError(f"{header}: {wavelengths_nm.size} wavelengths for {shape[2]} bands")
-        if not np.isfinite(wavelengths_nm).all() or not (np.diff(wavelengths_nm) > 0.0).all():
-            raise ProductError(f"{header}: its wavelengths do not increase from band to band")
-        if str(fields.get("wavelength units", "")).lower().startswith("micro"):
-            wavelengths_nm = wavelengths_nm * 1000.0
+        raise ProductError(f"{path.name}: not the name of a CRISM product (e.g. frt0000643d_07_if164j_mtr3.hdr)")
+    files = _files_beside(path, path.parent if root is None else root)
+    header, label_path = files.get(".hdr"), files.get(".lbl", files.get(".lbl.txt"))
+    source = header or label_path
+    if source is None:
+        raise ProductError(f"{path}: no such file; expected an ENVI header (.hdr) or a PDS3 label (.lbl)")
+    if ".img" not in files:
+        raise ProductError(f"{source}: no image file beside it; expected {source.name.split('.')[0]}.img")
+    image = files[".img"]
+    label = None if label_path is None else read_label(label_path)
+    fields = {} if header is None else _header_fields(header)
+    layout = _header_layout(header, fields) if header is not None else label.layout if label is not None else None
+    if layout is None:
+        raise ProductError(f"{source}: describes no IMAGE and there is no ENVI header; download the product again")
+    _check_layout(source, layout)
+    if label is not None:
+        _check_agreement(source, layout, name, image, label)
+    _check_size(image, source, layout, label)
+    bands = layout.shape[2]
     names = _listed(fields.get("band names"))
-    if names is not None and len(names) != shape[2]:
-        raise ProductError(f"{header}: {len(names)} band names for {shape[2]} bands")
+    if names is None and label is not None:
+        names = label.band_names
+    if names is not None and len(names) != bands:
+        raise ProductError(f"{source}: {len(names)} band names for {bands} bands")
+    wavelengths_nm = _header_wavelengths(header, fields, bands) if header is not None else None
+    if header is None and label is not None and label.wavelength_file is not None:
+        wavelengths_nm = _detector_wavelengths(label, bands, path.parent if root is None else root)
     return Product(
         observation_id=name.observation_id,
         kind=name.kind,
         path=image,
-        shape=shape,
-        dtype=dtype,
-        interleave=interleave,
-        offset=offset,
-        nodata=nodata,
+        shape=layout.shape,
+        dtype=layout.dtype,
+        interleave=layout.interleave,
+        offset=layout.offset or 0,
+        nodata=_nodata(source, fields, label, name, layout),
         wavelengths_nm=wavelengths_nm,
         band_names=names,
         map_info=_listed(fields.get("map info")),
+        label=label_path,
+        scaling=None if label is None else label.scaling,
+        projection_wkt=_projection(fields.get("coordinate system string")),
     )
+
+
+def _files_beside(path: Path, root: Path) -> dict[str, Path]:
+    """The files of a product by suffix in lower case, those that `path` and its neighbours are."""
+    stem = path.name.split(".")[0].lower()
+    found: dict[str, Path] = {}
+    try:
+        for file in sorted(path.parent.iterdir()):
+            suffix = file.name[len(stem) :].lower()
+            if file.name[: len(stem)].lower() == stem and suffix in _SUFFIXES and file.is_file():
+                found.setdefault(suffix, _inside(file, root))
+    except OSError as error:
+        raise ProductError(f"{path.parent}: cannot be read ({_one_line(error)})") from error
+    return found
+
+
+def _inside(path: Path, root: Path) -> Path:
+    """`path` itself; raises ProductError if it lies outside `root` when links are followed."""
+    try:
+        place, allowed = path.resolve(), root.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise ProductError(f"{path}: cannot be followed ({_one_line(error)})") from error
+    if not place.is_relative_to(allowed):
+        raise ProductError(f"{path}: a link that leaves {root} (to {place}); copy what it points to into the folder")
+    return path
 
 
 def _header_fields(header: Path) -> dict[str, Any]:
@@ -192,8 +271,13 @@ def _header_fields(header: Path) -> dict[str, Any]:
     from spectral.io import envi
 
     try:
+        size = header.stat().st_size
         # spectral leaves the file open where the text cannot be decoded, so it is tried here first.
-        header.read_text()
+        if size > _MAX_HEADER_BYTES or header.read_text().count("\n") > _MAX_HEADER_LINES:
+            raise ProductError(
+                f"{header}: {size} bytes; an ENVI header has at most {_MAX_HEADER_BYTES} bytes "
+                f"and {_MAX_HEADER_LINES} lines"
+            )
         with warnings.catch_warnings():
             # Field names in capitals are legal; spectral warns about each header that has them.
             warnings.simplefilter("ignore", UserWarning)
@@ -201,6 +285,158 @@ def _header_fields(header: Path) -> dict[str, Any]:
     except (envi.EnviException, OSError, ValueError) as error:
         raise ProductError(f"{header}: not a readable ENVI header ({_one_line(error)})") from error
     return fields
+
+
+def _header_layout(header: Path, fields: dict[str, Any]) -> Layout:
+    try:
+        shape = (int(fields["lines"]), int(fields["samples"]), int(fields["bands"]))
+        interleave = str(fields["interleave"]).lower()
+        code = int(fields["data type"])
+        offset = int(fields.get("header offset", 0))
+        order = int(fields.get("byte order", 0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProductError(f"{header}: a field is missing or not a number ({_one_line(error)})") from error
+    if interleave not in ("bsq", "bil", "bip") or code not in _DTYPES or order not in (0, 1):
+        raise ProductError(
+            f"{header}: interleave {interleave[:80]!r}, data type {code}, byte order {order}; expected bsq, bil or "
+            f"bip, a real data type ({', '.join(map(str, _DTYPES))}) and byte order 0 or 1"
+        )
+    return Layout(shape, np.dtype((">" if order else "<") + _DTYPES[code]), interleave, offset)
+
+
+def _check_layout(source: Path, layout: Layout) -> None:
+    lines, samples, bands = layout.shape
+    offset = layout.offset or 0
+    if min(layout.shape) < 1 or lines * samples > _MAX_PIXELS or offset < 0:
+        raise ProductError(
+            f"{source}: {lines} lines x {samples} samples x {bands} bands at offset {offset} is not a CRISM image"
+        )
+
+
+def _check_agreement(source: Path, layout: Layout, name: ProductName, image: Path, label: Label) -> None:
+    """A label must describe the image beside it, as the header (`source`) and the file names do."""
+    said = label.layout or layout
+    number = name.observation_id[3:]
+    stem = source.name.split(".")[0]
+    # Some labels of derived products have an id of another form; that is no disagreement.
+    same = label.product_id is None or parse_name(Path(label.product_id)) in (None, name)
+    orders = {"<": "little-endian", ">": "big-endian", "|": "none"}
+    pairs: list[tuple[Path, str, object, object]] = [
+        (source, "lines", layout.shape[0], said.shape[0]),
+        (source, "samples", layout.shape[1], said.shape[1]),
+        (source, "bands", layout.shape[2], said.shape[2]),
+        (source, "data type", layout.dtype.name, said.dtype.name),
+        (source, "byte order", orders[layout.dtype.str[0]], orders[said.dtype.str[0]]),
+        (source, "image offset", layout.offset, layout.offset if said.offset is None else said.offset),
+        (image, "observation", number, number if label.observation is None else f"{label.observation:08x}"),
+        (image, "product", stem, stem if same else label.product_id),
+        (image, "file name", image.name.lower(), (label.image_name or image.name).lower()),
+    ]
+    # One band lies the same way in every interleave.
+    if layout.shape[2] > 1:
+        pairs.append((source, "interleave", layout.interleave, said.interleave))
+    for file, what, value, other in pairs:
+        if value != other:
+            raise ProductError(
+                f"{file}: {what} {value}, but its label {label.path.name} says {str(other)[:80]}; they do not belong "
+                "together, download the product again"
+            )
+
+
+def _check_size(image: Path, source: Path, layout: Layout, label: Label | None) -> None:
+    """The image's file must have the size described; longer only where another object follows in it."""
+    whole = layout.end
+    if label is not None and label.file_bytes is not None:
+        whole = max(whole, label.file_bytes)
+    open_end = label is not None and label.shared and label.file_bytes is None
+    try:
+        found = image.stat().st_size
+    except OSError as error:
+        raise ProductError(f"{image}: cannot be read ({_one_line(error)})") from error
+    if found < whole:
+        raise ProductError(
+            f"{image}: {found} bytes, but its {_role(source)} describes {whole}; the file is truncated, "
+            "download it again"
+        )
+    if found > whole and not open_end:
+        raise ProductError(
+            f"{image}: {found} bytes, but {source.name} describes {whole}; image and {_role(source)} do not belong "
+            "together, download both again"
+        )
+
+
+def _role(source: Path) -> str:
+    return "header" if source.suffix.lower() == ".hdr" else "label"
+
+
+def _header_wavelengths(header: Path, fields: dict[str, Any], bands: int) -> NDArray[np.float64] | None:
+    """Wavelengths in nm, B float64, increasing."""
+    listed = _listed(fields.get("wavelength"))
+    if listed is None:
+        return None
+    try:
+        wavelengths = np.array([float(w) for w in listed])
+    except ValueError as error:
+        raise ProductError(f"{header}: a wavelength is not a number ({_one_line(error)})") from error
+    if wavelengths.size != bands:
+        raise ProductError(f"{header}: {wavelengths.size} wavelengths for {bands} bands")
+    if not np.isfinite(wavelengths).all() or not (np.diff(wavelengths) > 0.0).all():
+        raise ProductError(f"{header}: its wavelengths do not increase from band to band")
+    return wavelengths * (1000.0 if str(fields.get("wavelength units", "")).lower().startswith("micro") else 1.0)
+
+
+def _detector_wavelengths(label: Label, bands: int, root: Path) -> NDArray[np.float64] | None:
+    """Wavelengths in nm, B float64, from the CDR WA image that a TRDR label names, if it lies beside.
+
+    A WA image holds the wavelength of each detector row (one band of the TRDR) and column, 65535
+    outside the scene; smile is averaged away by the median over the columns, NaN for a row without
+    any. The infrared detector's rows run from long to short wavelengths.
+    """
+    # The name comes from a file: its last part is compared with the folder's, never followed.
+    name = Path(label.wavelength_file or "").name
+    beside = label.path.parent / name
+    files = _files_beside(beside, root) if name.split(".")[0] else {}
+    if ".img" not in files:
+        return None
+    image, path = files[".img"], files.get(".lbl", files.get(".lbl.txt"))
+    own = None if path is None else read_label(path)
+    if path is None or own is None or own.layout is None:
+        raise ProductError(f"{image}: no label with an IMAGE beside it; put the archive's {image.stem}.LBL there")
+    layout = own.layout
+    _check_layout(path, layout)
+    _check_size(image, path, layout, own)
+    if layout.shape[2] != bands or math.prod(layout.shape) > _MAX_WAVELENGTHS:
+        raise ProductError(f"{path}: lines x samples x bands {layout.shape}, but {label.path.name} has {bands} bands")
+    table = Product(
+        "", "wa", image, layout.shape, layout.dtype, layout.interleave, layout.offset or 0, _NODATA, None, None, None
+    )
+    values = table.read(range(bands)).reshape(-1, bands).astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a row without any wavelength
+        return np.asarray(np.nanmedian(values, axis=0))
+
+
+def _nodata(
+    source: Path, fields: dict[str, Any], label: Label | None, name: ProductName, layout: Layout
+) -> float | None:
+    if "data ignore value" in fields:
+        try:
+            return float(fields["data ignore value"])
+        except (TypeError, ValueError) as error:
+            raise ProductError(f"{source}: data ignore value is not a number ({_one_line(error)})") from error
+    if label is not None and label.nodata is not None:
+        return label.nodata
+    if fields:
+        return None
+    # A label alone: what CRISM writes, as TRDR labels do not say it.
+    if name.kind.startswith("br") and layout.dtype == np.uint8:
+        return 255.0
+    return _NODATA if layout.dtype.kind == "f" else None
+
+
+def _projection(value: str | list[str] | None) -> str | None:
+    """Well-known text, which spectral takes apart at its commas."""
+    return (value if isinstance(value, str) else ",".join(value or ())).strip() or None
 
 
 def _listed(value: str | list[str] | None) -> tuple[str, ...] | None:
@@ -213,57 +449,97 @@ def _listed(value: str | list[str] | None) -> tuple[str, ...] | None:
 def observation_folders(root: Path) -> list[Path]:
     """Folders below (or equal to) `root` that hold CRISM products, sorted by name.
 
-    Hidden folders are left out: observations are written under such names and then renamed.
-    Raises ProductError if the folder does not exist or holds no product.
+    A folder with the receipt of dropped images counts as well. Hidden folders are left out:
+    observations are written under such names and then renamed. A link to a folder of products is
+    listed unless that folder is listed itself; a folder that cannot be looked into is listed too:
+    `open_observation` says what is wrong with either. Raises ProductError if the folder does not
+    exist, cannot be read or holds no product.
     """
     if not root.is_dir():
         raise ProductError(f"{root}: no such folder; expected a folder of observations such as frt0000643d/")
-    headers = [
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() == ".hdr"
-        and parse_name(path) is not None
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    folders = sorted({p.parent for p in headers}, key=lambda p: p.name.lower())
-    if not folders:
+    found: list[Path] = []
+    links: list[Path] = []
+    unreadable: list[Path] = []
+    for place, folders, files in os.walk(root, onerror=lambda e: unreadable.append(Path(e.filename))):
+        folder = Path(place)
+        # os.walk does not go through links, so that one to / or to itself does no harm.
+        links += [folder / name for name in folders if not name.startswith(".") and (folder / name).is_symlink()]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if RECEIPT in files or any(_is_description(folder / name) for name in files):
+            # The user's own link to one observation is fine.
+            found.append(folder.resolve() if folder == root else folder)
+    if root in unreadable:
+        raise ProductError(f"{root}: cannot be read; check its permissions")
+    own = {folder.resolve() for folder in found}
+    found += [link for link in links if link.resolve() not in own and _holds_products(link)]
+    found = sorted({*found, *unreadable}, key=lambda p: p.name.lower())
+    if not found:
         raise ProductError(
-            f"{root}: holds no CRISM product with an ENVI header; expected files such as frt0000643d_07_if164j_mtr3.hdr"
+            f"{root}: holds no CRISM product; expected files such as frt0000643d_07_if164j_mtr3.hdr with its .img"
         )
-    return folders
+    return found
 
 
-def open_observation(folder: Path) -> dict[str, Product]:
-    """All products of one observation folder by kind.
+def _is_description(path: Path) -> bool:
+    """Whether a name is that of a CRISM product's header or label."""
+    return path.name.lower().endswith((".hdr", ".lbl", ".lbl.txt")) and parse_name(path) is not None
+
+
+def _holds_products(folder: Path) -> bool:
+    try:
+        return any(_is_description(path) for path in folder.iterdir())
+    except OSError:
+        return True  # opening it says why it cannot be read
+
+
+def open_observation(
+    folder: Path, root: Path | None = None, kinds: Collection[str] | None = None
+) -> dict[str, Product]:
+    """The products of one observation folder (of some kinds) by kind: "if", "sr", "de", "brtan", ...
 
     Where there are several of a kind, the map-projected one of the highest version is taken, as
-    the other products' pixels are those of the map. Raises ProductError if one cannot be read or
-    if the folder mixes observations.
+    the other products' pixels are those of the map. A detector's own product (TRDR) counts only
+    where no joined one of its kind is there; its key has the sensor and the counter: "if_l_07".
+
+    No file may lie outside `root` (by default the folder), symbolic links followed. Raises
+    ProductError if a product cannot be read, if the folder holds none, or if it mixes observations
+    or several images (counters) of one.
     """
-    headers: dict[tuple[str, str], tuple[tuple[int, int], Path]] = {}
-    for header in sorted(folder.iterdir()):
-        name = parse_name(header)
-        if header.suffix.lower() == ".hdr" and name is not None:
-            rank = (("trr", "ter", "mtr").index(name.level), name.version)
-            key = (name.observation_id, name.kind)
-            if key not in headers or rank > headers[key][0]:
-                headers[key] = (rank, header)
-    found = [open_product(header) for _, header in headers.values()]
-    products = {product.kind: product for product in found}
-    ids = {product.observation_id for product in found}
+    if root is None:
+        # A link to a folder may stay beside it; what `folder` itself is called is the user's business.
+        _inside(folder, Path(os.path.abspath(folder)).parent)
+        root = folder
+    else:
+        _inside(folder, root)
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise ProductError(f"{folder}: cannot be read ({_one_line(error)})") from error
+    named = [(name, path) for path in paths if _is_description(path) and (name := parse_name(path)) is not None]
+    if not named:
+        raise ProductError(f"{folder}: holds no CRISM product; expected files such as frt0000643d_07_if164j_mtr3.hdr")
+    ids = sorted({name.observation_id for name, _ in named})
     if len(ids) > 1:
+        raise ProductError(f"{folder}: holds {len(ids)} observations ({', '.join(ids)}); give each its own folder")
+    joined = {name.kind for name, _ in named if name.level != "trr"}
+    counters = sorted({name.counter for name, _ in named if name.level != "trr"})
+    if len(counters) > 1:
         raise ProductError(
-            f"{folder}: holds {len(ids)} observations ({', '.join(sorted(ids))}); give each its own folder"
+            f"{folder}: holds {len(counters)} images of {ids[0]} (counters {', '.join(counters)}); "
+            "give each its own folder"
         )
-    return products
+    best: dict[str, tuple[ProductName, Path]] = {}
+    for name, path in named:
+        if (name.level == "trr" and name.kind in joined) or (kinds is not None and name.kind not in kinds):
+            continue
+        key = name.kind if name.level != "trr" else f"{name.kind}_{name.sensor}_{name.counter}"
+        if key not in best or _rank(name) > _rank(best[key][0]):
+            best[key] = (name, path)
+    return {key: open_product(path, root) for key, (_, path) in best.items()}
 
 
-def _image_beside(header: Path) -> Path:
-    for candidate in header.parent.iterdir():
-        same_name = candidate.stem.lower() == header.stem.lower()
-        if same_name and candidate.suffix.lower() == ".img" and candidate.is_file():
-            return candidate
-    raise ProductError(f"{header}: no image file beside it; expected {header.stem}.img")
+def _rank(name: ProductName) -> tuple[int, int]:
+    return _LEVELS.index(name.level), name.version
 
 
 def _one_line(error: BaseException) -> str:

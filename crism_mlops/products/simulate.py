@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from crism_mlops.cluster import HERE, Where, run
 from crism_mlops.errors import ProductError
 from crism_mlops.products.endmembers import MINERALS, albedo_library, hapke_reflectance
+from crism_mlops.products.geometry import equirectangular_wkt
 from crism_mlops.products.regions import REGIONS, Region
 
 NODATA = 65535.0
@@ -32,6 +34,8 @@ MARS_RADIUS_M = 3_396_190.0
 # Bump when a change alters the pixels: the version is part of the folder's name, so that old
 # simulations are never taken for new ones.
 SIMULATOR_VERSION = 1
+# Below this, starting processes takes longer than the work.
+_SMALL_PIXELS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,10 @@ class Simulation:
     def digest(self) -> str:
         text = json.dumps({**asdict(self), "version": SIMULATOR_VERSION}, sort_keys=True)
         return blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def observation_id(self, index: int) -> str:
+        """The id of one of the observations."""
+        return f"frt{(self.seed * 100_003 + index) & 0xFFFFFFFF:08x}"
 
 
 def mtrdr_wavelengths() -> NDArray[np.float64]:
@@ -72,10 +80,16 @@ def write_simulation(simulation: Simulation, root: Path, on_scene: Callable[[int
         folder.mkdir(parents=True, exist_ok=True)
         # Two processes at one observation would delete each other's temporary folder.
         with FileLock(root / f".{folder.name}.lock"):
-            for index in range(simulation.scenes):
-                write_observation(simulation, index, folder)
+            missing = [i for i in range(simulation.scenes) if not (folder / simulation.observation_id(i)).exists()]
+            done = simulation.scenes - len(missing)
+            if on_scene is not None and done:
+                on_scene(done, simulation.scenes)
+            small = len(missing) * simulation.size**2 < _SMALL_PIXELS
+            tasks = [(simulation, index, folder) for index in missing]
+            for _ in run(_write_one, tasks, HERE if small else Where()):
+                done += 1
                 if on_scene is not None:
-                    on_scene(index + 1, simulation.scenes)
+                    on_scene(done, simulation.scenes)
     except OSError as error:
         raise ProductError(
             f"{folder}: simulated observations cannot be written ({error.strerror or error}); "
@@ -84,12 +98,16 @@ def write_simulation(simulation: Simulation, root: Path, on_scene: Callable[[int
     return folder
 
 
+def _write_one(task: tuple[Simulation, int, Path]) -> Path:
+    return write_observation(*task)
+
+
 def write_observation(simulation: Simulation, index: int, folder: Path) -> Path:
     """One observation folder of a simulation, written unless it is there already.
 
     Different observations may be written at once, one observation only by one process.
     """
-    observation_id = f"frt{(simulation.seed * 100_003 + index) & 0xFFFFFFFF:08x}"
+    observation_id = simulation.observation_id(index)
     final = folder / observation_id
     if final.exists():
         return final
@@ -272,7 +290,9 @@ def _write_product(folder: Path, stem: str, image: NDArray[np.float32], scene: _
     from spectral.io import envi
 
     bands, lines, samples = image.shape
-    parallel = 5.0 * np.floor(scene.latitude / 5.0)
+    # The backplanes keep the scale true at the scene's own latitude, so the map does as well. The
+    # archive takes the nearest of a few parallels.
+    parallel = round(scene.latitude, 2)
     projection = f"MRO Mars Equirectangular [IAU 2000] [{parallel:.2f}N; 0.00E]"
     datum = "D_Mars_2000_IAU_IAG_custom_sphere"
     metres_per_degree = np.pi * MARS_RADIUS_M / 180.0
@@ -285,7 +305,7 @@ def _write_product(folder: Path, stem: str, image: NDArray[np.float32], scene: _
                      f"{PIXEL_M:.10e}", datum, "units=Meters"],
         "projection info": ["17", f"{MARS_RADIUS_M}", f"{parallel:.6f}", "0.000000", "0.0", "0.0", datum,
                             projection, "units=Meters"],
-        "coordinate system string": "{" + _projection_wkt(projection, parallel, datum) + "}",
+        "coordinate system string": "{" + equirectangular_wkt(parallel, 0.0, MARS_RADIUS_M) + "}",
         "sun azimuth": "-1.00000000",
         "sun elevation": "-1.00000000",
         "cloud cover": "-1.00000000",
@@ -317,14 +337,3 @@ def _write_product(folder: Path, stem: str, image: NDArray[np.float32], scene: _
         # pvl says that it cannot write astropy's quantities; there are none.
         warnings.simplefilter("ignore", ImportWarning)
         pvl.dump(label, str(folder / f"{stem}.lbl"))
-
-
-def _projection_wkt(projection: str, parallel: float, datum: str) -> str:
-    """The same projection as well-known text."""
-    return (
-        f'PROJCS["{projection}",GEOGCS["GCS_{datum.removeprefix("D_")}",DATUM["{datum}",'
-        f'SPHEROID["{datum.removeprefix("D_")}",{MARS_RADIUS_M},0.0]],PRIMEM["Reference_Meridian",0.0],'
-        'UNIT["Degree",0.0174532925199433]],PROJECTION["Equidistant_Cylindrical"],'
-        'PARAMETER["False_Easting",0.0],PARAMETER["False_Northing",0.0],PARAMETER["Central_Meridian",0.0],'
-        f'PARAMETER["Standard_Parallel_1",{parallel}],UNIT["Meter",1.0]]'
-    )

@@ -5,124 +5,57 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig
 from crism_mlops.errors import CrismError, SceneError
-from crism_mlops.products.geometry import centre_degrees
-from crism_mlops.products.mtrdr import Product, observation_folders, open_observation
-from crism_mlops.products.regions import east_longitude_180, region_of
-from crism_mlops.scenes.bands import BAND_NAMES, band_image
-from crism_mlops.scenes.targets import (
-    CARBONATE_PARAMETERS,
-    TARGET_PARAMETERS,
-    carbonate_mask,
-    summary_parameters,
-)
-
-if TYPE_CHECKING:
-    import shapely
+from crism_mlops.products.mtrdr import observation_folders
+from crism_mlops.products.regions import east_longitude_180
+from crism_mlops.scenes.build import SceneTask, build_scenes, load_built
+from crism_mlops.scenes.labels import read_labels
+from crism_mlops.scenes.scene import Scene
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """One observation, ready for a data set; arrays are read-only.
-
-    bands: H x W x C float32, I/F (pairs: the stretched image in [0, 1]); band_names: C names;
-    target: H x W x 3 float32, I/F or band depth (pairs: [0, 1]); valid: H x W bool;
-    carbonate: H x W bool or None; carbonate_bearing: True, False, or None where nobody knows;
-    longitude (east, -180..180) and latitude in degrees or None; region: a name; footprint: outline of
-    the valid pixels on the ground (longitude, latitude in degrees), or None where it is unknown.
-    """
-
-    observation_id: str
-    source: str
-    bands: NDArray[np.float32]
-    band_names: tuple[str, ...]
-    target: NDArray[np.float32]
-    valid: NDArray[np.bool_]
-    carbonate: NDArray[np.bool_] | None
-    carbonate_bearing: bool | None
-    longitude_deg: float | None
-    latitude_deg: float | None
-    region: str
-    footprint: shapely.Polygon | None = None
-
-    @property
-    def kind(self) -> str:
-        """What `carbonate_bearing` says, in a word."""
-        return {True: "carbonate", False: "barren", None: "unknown"}[self.carbonate_bearing]
-
-    def __post_init__(self) -> None:
-        for array in (self.bands, self.target, self.valid, self.carbonate):
-            if array is not None:
-                array.flags.writeable = False
-
-
-def load_scenes(config: DataConfig, on_scene: Progress | None = None) -> list[Scene]:
+def load_scenes(config: DataConfig, on_scene: Progress | None = None, where: Where | None = None) -> list[Scene]:
     """All scenes of a source, in the order of their observation ids.
 
-    Observations that cannot be read are left out with a warning that names them; raises
-    SceneError if none is left, ProductError if the folder is not what it should be.
+    Those of MTRDR folders and simulations are built into the store first where they are not there
+    yet, and mapped into memory. Observations that cannot be read are left out with a warning that
+    names them; raises SceneError if none is left, ProductError if the folder is not what it should
+    be.
     """
+    root = scenes_root(config)
     if config.source == "pairs":
-        return _pair_scenes(_existing(config.path), config, on_scene)
-    if config.source == "mtrdr":
-        return _mtrdr_scenes(_existing(config.path), config, on_scene)
+        return _pair_scenes(root, config, on_scene)
+    tasks = [SceneTask(folder, root, config) for folder in observation_folders(root)]
+    return load_built(build_scenes(tasks, on_scene, where), config)
+
+
+def scenes_root(config: DataConfig) -> Path:
+    """The folder that a data section's scenes come from; simulated observations are written first.
+
+    Raises SceneError if it is not there.
+    """
+    if config.source != "simulated":
+        return _existing(config.path)
     from crism_mlops.products.simulate import Simulation, write_simulation
 
     simulation = Simulation(config.simulated.scenes, config.simulated.size, config.simulated.seed)
-    return _mtrdr_scenes(write_simulation(simulation, Path(config.cache).expanduser()), config, on_scene)
+    return write_simulation(simulation, Path(config.cache).expanduser())
 
 
-def scene_from_products(products: dict[str, Product], config: DataConfig, source: str = "mtrdr") -> Scene:
-    """One observation's products -> Scene. Raises SceneError where the I/F cube is missing."""
-    if "if" not in products:
-        found = ", ".join(sorted(products)) or "nothing"
-        raise SceneError(f"no I/F product (…_if…_mtr3) among the observation's products; found {found}")
-    cube = products["if"]
-    bands = band_image(cube)
-    names = TARGET_PARAMETERS[config.target] + CARBONATE_PARAMETERS
-    parameters = summary_parameters(products, names)
-    if parameters.shape[:2] != bands.shape[:2]:
-        raise SceneError(f"{cube.observation_id}: SR is {parameters.shape[:2]}, I/F is {bands.shape[:2]} pixels")
-    target = np.ascontiguousarray(parameters[..., :3])
-    valid = np.asarray(np.isfinite(bands).all(axis=-1) & np.isfinite(target).all(axis=-1))
-    if not valid.any():
-        raise SceneError(f"{cube.observation_id}: no pixel has data in every band that is needed")
-    carbonate = valid & carbonate_mask(
-        parameters[..., 3:], config.carbonate.minimum_depth, config.carbonate.supporting_depth
-    )
-    fraction = float(carbonate.sum() / valid.sum())
-    longitude, latitude = centre_degrees(products)
-    return Scene(
-        observation_id=cube.observation_id,
-        source=source,
-        bands=np.where(valid[..., None], bands, 0.0).astype(np.float32),
-        band_names=BAND_NAMES,
-        target=np.where(valid[..., None], target, 0.0).astype(np.float32),
-        valid=valid,
-        carbonate=carbonate,
-        carbonate_bearing=_kind(fraction, config),
-        longitude_deg=longitude,
-        latitude_deg=latitude,
-        region=region_of(longitude, latitude),
-    )
-
-
-def _kind(fraction: float, config: DataConfig) -> bool | None:
-    """Between the two thresholds nobody knows: noise, or a little carbonate."""
-    if fraction >= config.carbonate.bearing_fraction:
-        return True
-    return False if fraction < config.carbonate.barren_fraction else None
+def require_source(config: DataConfig) -> None:
+    """Raises SceneError if the folder that a data section names is not there: a cheap first look."""
+    if config.source != "simulated":
+        _existing(config.path)
 
 
 def _existing(path: str | None) -> Path:
@@ -132,22 +65,6 @@ def _existing(path: str | None) -> Path:
     if not folder.is_dir():
         raise SceneError(f"data.path: no such folder: {folder}; set it with --set data.path=FOLDER")
     return folder
-
-
-def _mtrdr_scenes(root: Path, config: DataConfig, on_scene: Progress | None) -> list[Scene]:
-    folders = observation_folders(root)
-    scenes: dict[str, Scene] = {}
-    for done, folder in enumerate(folders, start=1):
-        try:
-            scene = scene_from_products(open_observation(folder), config)
-            if scene.observation_id in scenes:
-                raise SceneError(f"{scene.observation_id} stands in two folders; the first one is used")
-            scenes[scene.observation_id] = scene
-        except CrismError as error:
-            log.warning("%s left out: %s", folder.name, error)
-        if on_scene is not None:
-            on_scene(done, len(folders))
-    return _sorted_or_none(scenes, root, len(folders))
 
 
 def _pair_scenes(root: Path, config: DataConfig, on_scene: Progress | None) -> list[Scene]:
@@ -167,15 +84,20 @@ def _pair_scenes(root: Path, config: DataConfig, on_scene: Progress | None) -> l
     if "observation_id" not in columns:
         raise SceneError(f"{table}: no column observation_id; it has {', '.join(columns) or 'no columns'}")
     scenes: dict[str, Scene] = {}
+    labels = {} if config.labels is None else read_labels(Path(config.labels).expanduser())
     for done, row in enumerate(rows, start=1):
         try:
             scene = _pair(root, row)
+            if scene.observation_id.lower() in labels:
+                scene = replace(scene, carbonate_bearing=labels[scene.observation_id.lower()])
             scenes[scene.observation_id] = scene
         except CrismError as error:
             log.warning("%s left out: %s", row.get("observation_id", f"row {done}"), error)
         if on_scene is not None:
             on_scene(done, len(rows))
-    return _sorted_or_none(scenes, root, len(rows))
+    if not scenes:
+        raise SceneError(f"{root}: none of its {len(rows)} observations could be used; see the warnings above")
+    return [scenes[key] for key in sorted(scenes)]
 
 
 def _pair(root: Path, row: dict[str, str]) -> Scene:
@@ -224,9 +146,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if np.isfinite(value) else None
-
-
-def _sorted_or_none(scenes: dict[str, Scene], root: Path, found: int) -> list[Scene]:
-    if not scenes:
-        raise SceneError(f"{root}: none of its {found} observations could be used; see the warnings above")
-    return [scenes[key] for key in sorted(scenes)]

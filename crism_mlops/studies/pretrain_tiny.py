@@ -29,7 +29,7 @@ from crism_mlops.models.latents import encode_distribution, round_trip
 from crism_mlops.products.mtrdr import open_observation
 from crism_mlops.products.regions import REGIONS
 from crism_mlops.products.simulate import Simulation, write_observation
-from crism_mlops.scenes.sources import Scene, scene_from_products
+from crism_mlops.scenes.scene import Scene, scene_from_products
 
 log = logging.getLogger("pretrain")
 SEED = 30_001

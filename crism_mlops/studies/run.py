@@ -28,7 +28,7 @@ from crism_mlops.models.floors import CopyFloor, fit_linear
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.models.unet import UNet
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 from crism_mlops.tracking import Kind, Tracker, flat_json
 from crism_mlops.training import train
 
@@ -132,7 +132,7 @@ def run_trial(
 def fit(
     config: RunConfig,
     manifest: Manifest,
-    validation: list[Pair],
+    validation: Sequence[Pair],
     objective: str,
     tracker: Tracker,
     run_id: str,
@@ -336,10 +336,10 @@ def sample_weights(kinds: Sequence[bool | None], balance: str, seed: int) -> Any
     return torch.from_numpy(weights)
 
 
-def spread(items: list[Any], count: int | None) -> list[Any]:
-    """`count` items evenly spread over a list, the same every time; all of them for None."""
+def spread(items: Sequence[Any], count: int | None) -> list[Any]:
+    """`count` items evenly spread over a sequence, the same every time; all of them for None."""
     if count is None or count >= len(items):
-        return items
+        return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 

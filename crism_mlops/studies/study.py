@@ -17,10 +17,11 @@ import optuna
 from optuna.trial import TrialState
 
 from crism_mlops.config import DataConfig, SweepConfig, digest_of
+from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StudyError, TrackingError
 from crism_mlops.models.latents import LatentCache
-from crism_mlops.scenes.sources import Scene
+from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
 from crism_mlops.studies.run import Hooks, log_configuration, log_floors, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
@@ -64,17 +65,21 @@ def run_study(
 ) -> Summary:  # fmt: skip
     """Run a study up to its total of finished and pruned trials; continue it where it stands.
 
-    Raises StudyError if the stored study is another one (data, objective or space differ), if it
-    is running in another process, or after `max_failures` failed trials; KeyboardInterrupt after
-    ending the running trial cleanly.
+    Raises DatasetError if something leaks from train to test, StudyError if the stored study is
+    another one (data, objective or space differ), if it is running in another process, or after
+    `max_failures` failed trials; KeyboardInterrupt after ending the running trial cleanly.
     """
     listener = listener or Listener()
     work_root = work_root or DEFAULT_ROOT / "work"
     with study_lock(sweep.study, work_root), terminate_as_interrupt(), _storage_errors():
         base = build_manifest(scenes, sweep.data, sweep.split)
+        # Before anything is made: a study on data that leaks is worth nothing.
+        found = audit(base, sweep.audit)
+        require_clean(found, sweep.audit)
         study = open_study(sweep, base, storage)
         settle(study, tracker)
         parent = _parent_run(sweep, study, base, tracker)
+        tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
         call = _Call(sweep, tuple(scenes), study, tracker, parent, work_root / sweep.study, listener)
         try:
             _log_all_floors(call, base)

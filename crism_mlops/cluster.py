@@ -1,0 +1,147 @@
+"""Run these tasks there: in this process, in several, or on a Ray cluster. The only importer of ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from crism_mlops.errors import ClusterError
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# A task whose machine is lost is done again elsewhere, at most so many times.
+RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """In how many processes of this machine (None: one a core), or at which Ray cluster
+    ("auto": the one that this machine belongs to; HOST:PORT; ray://HOST:PORT)."""
+
+    workers: int | None = None
+    ray: str | None = None
+
+
+HERE = Where(workers=1)
+
+
+def run(task: Callable[[Item], Result], items: Sequence[Item], where: Where = HERE) -> Iterator[tuple[int, Result]]:
+    """`(index, task(item))` for every item, in the order in which they are done.
+
+    `task` is a function of a module, and what it takes and gives can be pickled between
+    processes. What it raises passes through and ends the others that have not begun; so does
+    Ctrl-C. Raises ClusterError if a process dies or the cluster cannot be reached.
+    """
+    if where.ray is not None:
+        return _on_ray(task, items, where.ray)
+    workers = min(where.workers or cores(), len(items))
+    # Another process cannot begin where a script comes from standard input.
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    alone = workers <= 1 or (script is not None and not os.path.exists(script))
+    return _here(task, items) if alone else _in_processes(task, items, workers)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _here(task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    for index, item in enumerate(items):
+        yield index, task(item)
+
+
+def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    # Fresh interpreters: a fork would copy torch's threads in whatever state they are.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
+    try:
+        futures = {pool.submit(task, item): index for index, item in enumerate(items)}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise ClusterError(
+            f"one of {workers} worker processes died (killed, or out of memory; in a script, what starts them must "
+            "stand below `if __name__ == '__main__':`); run the same command again, what is done is kept; with one "
+            "worker it needs the least memory"
+        ) from error
+    finally:
+        # After Ctrl-C or an error nothing new begins; what runs is finished first.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone() -> None:
+    """In each worker: one thread for arithmetic, as there is a process a core; Ctrl-C is the parent's."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+
+
+def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], address: str) -> Iterator[tuple[int, Result]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("ray is not installed; pip install 'crism-mlops[cluster]'") from error
+    joined = ray.is_initialized()
+    if not joined:
+        try:
+            _answers(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise ClusterError(
+                f"no Ray cluster at {address!r} ({what}); start one with `ray start --head`, join the other machines "
+                "to it, or give its address with --ray HOST:PORT"
+            ) from error
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(task)
+        waiting = list(enumerate(items))[::-1]
+        running: dict[Any, int] = {}
+        while waiting or running:
+            # A few more than there are cores, not 10^4 at once: what has not begun costs nothing to stop.
+            slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            while waiting and len(running) < slots:
+                index, item = waiting.pop()
+                running[remote.remote(item)] = index
+            done, _ = ray.wait(list(running), num_returns=1, timeout=5.0)
+            for reference in done:
+                index = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    if "failed to import on the worker" in str(error):
+                        raise ClusterError(
+                            "the Ray cluster's machines lack this package; install the same version of crism-mlops "
+                            "on each of them"
+                        ) from error
+                    raise error.as_instanceof_cause() from None
+                except ray.exceptions.RayError as error:
+                    what = " ".join(str(error).split())[:200]
+                    raise ClusterError(
+                        f"the Ray cluster at {address!r} lost task {index} {RETRIES + 1} times ({what}); run the same "
+                        "command again, what is done is kept"
+                    ) from error
+                yield index, result
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would ask for five minutes, then end the process."""
+    import socket
+    from urllib.parse import urlsplit
+
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname is not None and place.port is not None:
+        socket.create_connection((place.hostname, place.port), timeout=10.0).close()

@@ -1,0 +1,166 @@
+"""A sweep's data sets, written once: scenes, then samples, then the record that says all is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crism_mlops.cluster import Where
+from crism_mlops.config import Choice, DataConfig, SweepConfig
+from crism_mlops.dataset.manifest import Manifest, build_manifest
+from crism_mlops.errors import ConfigError, SceneError
+from crism_mlops.products.mtrdr import observation_folders
+from crism_mlops.scenes.build import BuiltScene, SceneTask, build_scenes, load_built, open_store
+from crism_mlops.scenes.scene import Scene
+from crism_mlops.scenes.sources import load_scenes, scenes_root
+
+if TYPE_CHECKING:
+    from crism_mlops.products.ode import Observation
+    from crism_mlops.products.service import Service
+
+Say = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """One data set of a sweep: its digest, its record in the store, and its size on disk."""
+
+    digest: str
+    record: str
+    variant: str
+    normalization: str
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What a build found and made."""
+
+    scenes: tuple[Scene, ...]
+    built: tuple[BuiltScene, ...]
+    data_sets: tuple[DataSet, ...]
+
+    @property
+    def made(self) -> int:
+        """Scenes that were not in the store before."""
+        return sum(one.made for one in self.built)
+
+    def as_json(self) -> dict[str, Any]:
+        """Counts, what was left out and why, and the data sets."""
+        return {
+            "scenes": len(self.scenes),
+            "built": self.made,
+            "left_out": self.left_out,
+            "data_sets": [asdict(one) for one in self.data_sets],
+        }
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Folder and reason of the observations that could not be used."""
+        return {one.folder.name: one.problem for one in self.built if one.problem is not None}
+
+
+def build_data_sets(
+    sweep: SweepConfig,
+    say: Say,
+    where: Where | None = None,
+    tasks: Sequence[SceneTask] | None = None,
+    *,
+    drop: bool = False,
+) -> BuildReport:
+    """Build all data sets that a sweep's trials may ask for; what is in the store is not built again.
+
+    `say(what, done, total)` reports progress. `tasks` names the observations where they are to be
+    fetched first; with `drop`, an observation's images are removed when its scene is built. Raises
+    CrismError if no scene can be used, a split is empty, or the store fails.
+    """
+    # Tasks may be done elsewhere: in other folders of this machine, or on others.
+    data = anchored(sweep.data)
+    sweep = sweep.model_copy(update={"data": data})
+    built: list[BuiltScene] = []
+    if data.source == "pairs":
+        scenes = load_scenes(data, lambda done, total: say("scenes", done, total))
+    else:
+        if tasks is None:
+            root = scenes_root(data)
+            tasks = [SceneTask(folder, root, data, drop=drop) for folder in observation_folders(root)]
+        built = build_scenes(tasks, lambda done, total: say("scenes", done, total), where)
+        scenes = load_built(built, data)
+    data_sets = []
+    for section in data_sections(sweep):
+        manifest = build_manifest(scenes, section, sweep.split)
+        label = f"samples {section.variant} {section.normalization}"
+        samples = manifest.samples(where=where, on_scene=lambda done, total, what=label: say(what, done, total))  # type: ignore[misc]
+        data_sets.append(_record(manifest, len(samples), samples.stored))
+    return BuildReport(tuple(scenes), tuple(built), tuple(data_sets))
+
+
+def anchored(data: DataConfig) -> DataConfig:
+    """The same data section with absolute paths."""
+    places = {"cache": data.cache, "store": data.store, "path": data.path, "filters": data.filters}
+    absolute = {
+        key: str(Path(value).expanduser().absolute())
+        for key, value in places.items()
+        if value is not None and "://" not in value
+    }
+    return data.model_copy(update=absolute)
+
+
+def fetch_tasks(found: Sequence[Observation], sweep: SweepConfig, service: Service, *, drop: bool) -> list[SceneTask]:
+    """One task an observation of the archive: fetch it into `data.path`, build it, drop its images.
+
+    Raises SceneError where the sweep's scenes do not come from a folder of observations.
+    """
+    data = anchored(sweep.data)
+    if data.source != "mtrdr" or data.path is None:
+        raise SceneError("to fetch observations, set data.source=mtrdr and data.path=FOLDER, where they are put")
+    root = Path(data.path)
+    root.mkdir(parents=True, exist_ok=True)
+    return [SceneTask(root / one.observation_id, root, data, one, service, drop) for one in found]
+
+
+def data_sections(sweep: SweepConfig) -> list[DataConfig]:
+    """The data sections that a sweep's trials may have: the searched choices below `data`, combined.
+
+    Raises ConfigError where one is searched over a range, which has no end of values.
+    """
+    keys, values = [], []
+    for key, dimension in sweep.search.items():
+        if not key.startswith("data."):
+            continue
+        if not isinstance(dimension, Choice):
+            raise ConfigError(f"search.{key}: a range cannot be built beforehand; list its values with choice: [...]")
+        keys.append(key)
+        values.append(dimension.choice)
+    sections = [sweep.run_config(dict(zip(keys, chosen, strict=True))).data for chosen in product(*values)]
+    return list({section.model_dump_json(): section for section in sections}.values())
+
+
+def _record(manifest: Manifest, samples: int, stored: Sequence[str]) -> DataSet:
+    """Write what is in a data set, after everything that it names: its being there says that all is."""
+    data = manifest.data
+    store = open_store(data)
+    name = f"datasets/{manifest.digest}.json"
+    content = {
+        "digest": manifest.digest,
+        "scenes_digest": manifest.scenes_digest,
+        "test_digest": manifest.test_digest,
+        "data": data.model_dump(mode="json", exclude={"path", "cache", "store"}),
+        "seed": manifest.seed,
+        "split": asdict(manifest.split),
+        "transform": asdict(manifest.transform),
+        "scenes": {scene.observation_id: scene.digest or scene.content for scene in manifest.scenes},
+        "samples": dict(zip(manifest.split.train, stored, strict=True)),
+    }
+
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    store.put(name, write)
+    size = sum(store.path(one).stat().st_size for one in stored)
+    return DataSet(manifest.digest, name, data.variant, data.normalization, samples, size)

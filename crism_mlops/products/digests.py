@@ -1,0 +1,133 @@
+"""Digests of an observation's products, and the receipt of cubes that were dropped after use."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b, file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+from crism_mlops.errors import ProductError
+from crism_mlops.products.mtrdr import RECEIPT, open_observation
+
+_SUFFIXES = (".img", ".hdr", ".lbl", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What an observation folder holds: SHA-256 (64 hex digits) by product kind, over header, label
+    and image."""
+
+    observation_id: str
+    products: dict[str, str]
+
+
+def known_digests(folder: Path, memory: Path) -> Digests | None:
+    """The digests of a folder as `observation_digests` found them before, or None.
+
+    What is remembered under the folder `memory` holds as long as no file in the observation's
+    folder has changed (name, size, inode, time of change). A folder whose images were dropped
+    has its receipt. Raises ProductError for a damaged receipt or a folder that cannot be read.
+    """
+    try:
+        files = _files(folder)
+        if not any(path.suffix.lower() == ".img" for path in files) and (folder / RECEIPT).is_file():
+            return _read(folder / RECEIPT)
+        return _read(_memory(folder, files, memory))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProductError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if (folder / RECEIPT).is_file():
+            raise ProductError(f"{folder / RECEIPT}: damaged ({error}); fetch the observation again") from error
+        # A damaged memory: the digests can be had again.
+        return None
+
+
+def observation_digests(folder: Path, root: Path, kinds: Sequence[str], memory: Path) -> Digests:
+    """Digests of the products of an observation's folder below `root`, remembered under `memory`.
+
+    A cube is read for it once, at the disk's speed. Raises ProductError if a product cannot be
+    read.
+    """
+    known = known_digests(folder, memory)
+    if known is not None:
+        return known
+    products = open_observation(folder, root, kinds)
+    try:
+        files = _files(folder)
+        digests = {}
+        for kind in sorted(products):
+            stem = products[kind].path.name.split(".")[0].lower()
+            parts = {}
+            for path in files:
+                if path.name.split(".")[0].lower() == stem:
+                    with path.open("rb") as handle:
+                        parts[path.name.lower()] = file_digest(handle, "sha256").hexdigest()
+            digests[kind] = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        if not products:
+            raise ProductError(f"{folder}: holds none of the kinds {', '.join(kinds)}; download them")
+        found = Digests(next(iter(products.values())).observation_id, digests)
+        remember(folder, found, memory)
+    except OSError as error:
+        raise ProductError(f"{folder}: cannot be read for its digest ({error.strerror or error})") from error
+    return found
+
+
+def remember(folder: Path, digests: Digests, memory: Path) -> None:
+    """Keep a folder's digests, so that its cubes need not be read for them again."""
+    _write(_memory(folder, _files(folder), memory), digests)
+
+
+def keep_receipt(folder: Path, digests: Digests) -> None:
+    """Make an observation known by its digests alone, where its files are on another machine."""
+    _write(folder / RECEIPT, digests)
+
+
+def drop_images(folder: Path, digests: Digests) -> int:
+    """Remove an observation's images, after a receipt of their digests; returns the bytes freed.
+
+    Headers and labels stay: the folder is still an observation's. Raises ProductError if the
+    folder refuses.
+    """
+    freed = 0
+    try:
+        _write(folder / RECEIPT, digests)
+        for path in _files(folder):
+            if path.suffix.lower() == ".img":
+                freed += path.stat().st_size
+                path.unlink()
+    except OSError as error:
+        raise ProductError(f"{folder}: images cannot be dropped ({error.strerror or error})") from error
+    return freed
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _memory(folder: Path, files: Sequence[Path], memory: Path) -> Path:
+    stamps = [(f.name, s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in (f.stat(),)]
+    text = json.dumps([str(folder.resolve()), stamps])
+    return memory / "digests" / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.json"
+
+
+def _read(path: Path) -> Digests:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Digests(str(content["observation_id"]), {str(k): str(v) for k, v in content["products"].items()})
+
+
+def _write(path: Path, digests: Digests) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.write_text(json.dumps(asdict(digests), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,193 @@
+"""GeoTIFF in and out: CaSSIS-like band images to predict from, predictions with their map projection.
+
+Only GDAL's GTiff driver is ever used: a file is never taken for another format, which could name
+other files or addresses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crism_mlops.errors import ProductError
+from crism_mlops.products.geometry import Grid
+
+# 10^8 pixels of four bands are 1.6 GB as float32; a whole CaSSIS image has about 2 x 10^7.
+MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class BandImage:
+    """Bands of a GeoTIFF: image H x W x len(names) float32 in the file's physical unit (scale and offset
+    applied), NaN without data; valid H x W bool, data in every band; grid or None where the file has no
+    map projection of Mars, `note` then says why."""
+
+    path: Path
+    names: tuple[str, ...]
+    image: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    grid: Grid | None
+    note: str | None
+
+
+def write_geotiff(
+    path: Path,
+    image: NDArray[np.float32],
+    valid: NDArray[np.bool_],
+    grid: Grid | None,
+    descriptions: Sequence[str],
+    units: Sequence[str] = (),
+    nodata: float = float("nan"),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write H x W x C float32 as a tiled, deflated GeoTIFF; pixels outside `valid` become `nodata`.
+
+    `descriptions` and `units` name the bands; without a grid it is a plain TIFF. Written to a temporary
+    name and renamed, so an older file stays whole. Raises ProductError if it cannot be written.
+    """
+    import rasterio
+    from rasterio.errors import RasterioError
+    from rasterio.transform import Affine
+
+    height, width, count = image.shape
+    if valid.shape != (height, width) or len(descriptions) != count or (units and len(units) != count):
+        raise ProductError(
+            f"{path}: {len(descriptions)} descriptions, {len(units)} units and a mask of {valid.shape} for an image of "
+            f"{image.shape}"
+        )
+    filled = np.where(valid[..., None], image, np.float32(nodata)).astype(np.float32)
+    place = {} if grid is None else {"crs": grid.wkt, "transform": Affine(*grid.transform)}
+    layout = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "predictor": 3}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with _quiet():
+            with rasterio.open(
+                partial, "w", driver="GTiff", height=height, width=width, count=count, dtype="float32", nodata=nodata,
+                bigtiff="if_safer", **layout, **place,
+            ) as target:  # fmt: skip
+                target.write(np.moveaxis(filled, -1, 0))
+                target.descriptions = tuple(descriptions)
+                if units:
+                    target.units = tuple(units)
+                target.update_tags(**(tags or {}))
+            # A full disk shows when GDAL flushes, and not always as an error.
+            with rasterio.open(partial, driver="GTiff") as written:
+                written.checksum(count)
+        partial.replace(path)
+    except (OSError, RasterioError) as error:
+        raise ProductError(f"{path}: cannot be written ({_one_line(error)}); make room or name another file") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def read_geotiff(path: Path, wanted: Sequence[str], named: Sequence[str] | None = None) -> BandImage:
+    """The bands `wanted` (e.g. PAN, NIR, RED), found by the file's band descriptions in any order and case.
+
+    `named` names the file's bands in their order where it has no descriptions. No-data values, masks
+    and alpha bands are honoured, and so are scale and offset of each band. Raises ProductError for a
+    file that is no GeoTIFF, is damaged, too large, or lacks one of the bands.
+    """
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    if not path.is_file():
+        raise ProductError(f"{path}: no such file; give a GeoTIFF of the bands {', '.join(wanted)}")
+    try:
+        with _quiet(), rasterio.open(path, driver="GTiff") as source:
+            if source.width * source.height > MAX_PIXELS:
+                raise ProductError(
+                    f"{path}: {source.height} x {source.width} pixels; at most {MAX_PIXELS} are read at once: "
+                    "cut it into pieces (gdal_translate -srcwin)"
+                )
+            indexes = _band_indexes(path, source, wanted, named)
+            planes = [_plane(path, source, index) for index in indexes]
+            place, note = _grid(source)
+    except (OSError, RasterioError, ValueError, MemoryError) as error:
+        raise ProductError(
+            f"{path}: not a readable GeoTIFF, or a damaged one ({_one_line(error)}); write it again"
+        ) from error
+    image = np.stack(planes, axis=-1)
+    valid = np.asarray(np.isfinite(image).all(axis=-1))
+    if not valid.any():
+        raise ProductError(f"{path}: no pixel has data in all of {', '.join(wanted)}")
+    return BandImage(path, tuple(wanted), image, valid, place, note)
+
+
+def _band_indexes(path: Path, source: Any, wanted: Sequence[str], named: Sequence[str] | None) -> list[int]:
+    """1-based indexes of the wanted bands."""
+    descriptions = source.descriptions if named is None else named
+    if named is not None and len(named) != source.count:
+        raise ProductError(f"{path}: it has {source.count} bands, {len(named)} names were given: {', '.join(named)}")
+    names = [(text or "").strip().upper() for text in descriptions]
+    for name in wanted:
+        if names.count(name.upper()) != 1:
+            found = ", ".join(text or "(none)" for text in names)
+            what = "twice" if name.upper() in names else "in no band description"
+            raise ProductError(
+                f"{path}: {name} stands {what} (found {found}); set the file's band descriptions, or name its bands in "
+                "their order, e.g. --bands BLU,PAN,RED,NIR"
+            )
+    return [names.index(name.upper()) + 1 for name in wanted]
+
+
+def _plane(path: Path, source: Any, index: int) -> NDArray[np.float32]:
+    """One band as physical values, NaN without data."""
+    kind = np.dtype(source.dtypes[index - 1]).kind
+    if kind not in "iuf":
+        raise ProductError(f"{path}: band {index} is of type {source.dtypes[index - 1]}; expected real numbers")
+    scale, offset = float(source.scales[index - 1]), float(source.offsets[index - 1])
+    if not (np.isfinite([scale, offset]).all() and scale != 0.0):
+        raise ProductError(f"{path}: band {index} has scale {scale} and offset {offset}; expected finite, and not 0")
+    raw: NDArray[Any] = source.read(index)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: NDArray[np.float32]
+        if (scale, offset) == (1.0, 0.0):
+            values = raw.astype(np.float32)
+        else:
+            values = (raw.astype(np.float64) * scale + offset).astype(np.float32)
+    values[(source.read_masks(index) == 0) | ~np.isfinite(values)] = np.nan
+    return values
+
+
+def _grid(source: Any) -> tuple[Grid | None, str | None]:
+    """Where a file lies, or why nobody knows."""
+    if source.crs is None or source.transform.is_identity:
+        return None, "it has no map projection"
+    place = Grid(source.crs.to_wkt(), tuple(float(value) for value in source.transform[:6]))  # type: ignore[arg-type]
+    try:
+        place.degrees([source.width / 2], [source.height / 2])
+    except ProductError as error:
+        return None, str(error)
+    return place, None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without GDAL's log lines and the warning of a file without a map projection: both are told as errors or notes."""
+    import logging
+
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    log = logging.getLogger("rasterio")
+    level = log.level
+    with warnings.catch_warnings(), rasterio.Env():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    # rasterio often says no more than that there was an earlier error.
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__

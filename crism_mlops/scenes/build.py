@@ -1,0 +1,260 @@
+"""Observation folders -> scenes in the store: each made once, whoever asks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crism_mlops.cluster import Where, run
+from crism_mlops.config import DataConfig, digest_of
+from crism_mlops.errors import CrismError, SceneError
+from crism_mlops.products.digests import (
+    Digests,
+    drop_images,
+    keep_receipt,
+    known_digests,
+    observation_digests,
+    remember,
+)
+from crism_mlops.products.mtrdr import RECEIPT, open_observation
+from crism_mlops.products.regions import region_of
+from crism_mlops.scenes.bands import BAND_NAMES, IF_RANGE, filters_digest, load_filters
+from crism_mlops.scenes.labels import read_labels
+from crism_mlops.scenes.scene import SCENE_KINDS, Scene, carbonate_fraction, kind_of, scene_from_products
+from crism_mlops.scenes.store import Store, map_arrays, read_facts, write_arrays
+
+if TYPE_CHECKING:
+    from crism_mlops.products.ode import Observation
+    from crism_mlops.products.service import Service
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+# Bump when a change alters what is built from the same products: old scenes are then left alone.
+BUILDER_VERSION = 1
+# Below this, starting processes takes longer than the work.
+_SMALL_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SceneTask:
+    """One observation to build: `folder` below `root`, or `found` to be fetched there first."""
+
+    folder: Path
+    root: Path
+    config: DataConfig
+    found: Observation | None = None
+    service: Service | None = None
+    drop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltScene:
+    """What became of a task: the scene's name in the store, or the reason why there is none."""
+
+    folder: Path
+    digests: Digests | None
+    name: str | None
+    problem: str | None
+    made: bool
+    seconds: float
+
+
+def open_store(config: DataConfig) -> Store:
+    """The store that a data section names."""
+    return Store(config.store, Path(config.cache).expanduser())
+
+
+def scene_name(digests: Digests, config: DataConfig) -> str:
+    """A scene's name in the store: a digest of the products and of all that is done with them."""
+    key = digest_of(
+        {
+            "builder": BUILDER_VERSION,
+            "observation": digests.observation_id,
+            "products": {kind: digests.products[kind] for kind in SCENE_KINDS if kind in digests.products},
+            "filters": filters_digest(load_filters(config.filters)),
+            "range": IF_RANGE,
+            "target": config.target,
+            "mask": [config.carbonate.minimum_depth, config.carbonate.supporting_depth],
+        }
+    )
+    return _named(key)
+
+
+def scene_name_of(scene: Scene) -> str | None:
+    """The name in the store of a scene that was built there; None for any other."""
+    return None if scene.digest is None else _named(scene.digest)
+
+
+def _named(key: str) -> str:
+    return f"scenes/{key[:2]}/{key}.safetensors"
+
+
+def build_scenes(
+    tasks: Sequence[SceneTask], on_scene: Progress | None = None, where: Where | None = None
+) -> list[BuiltScene]:
+    """Build what is not in the store yet; the tasks share one data section.
+
+    An observation that cannot be used is a BuiltScene with a problem; the others go on. Results
+    are in the order of the tasks, whatever the order in which they were done. Raises StoreError if
+    the store cannot be used.
+    """
+    if not tasks:
+        return []
+    config = tasks[0].config
+    memory = Path(config.cache).expanduser()
+    names = open_store(config).names("scenes")
+    built: dict[int, BuiltScene] = {}
+    for index, task in enumerate(tasks):
+        if (done := _known(task, memory, names)) is not None:
+            built[index] = done
+    missing = [index for index in range(len(tasks)) if index not in built]
+    total, said = len(tasks), len(built)
+    if on_scene is not None and said:
+        on_scene(said, total)
+    where = where or Where(workers=1 if sum(_bytes(tasks[i].folder) for i in missing) < _SMALL_BYTES else None)
+    for position, result in run(build_scene, [tasks[i] for i in missing], where):
+        built[missing[position]] = result
+        said += 1
+        if result.digests is not None:
+            if result.folder.is_dir():
+                remember(result.folder, result.digests, memory)
+            elif result.name is not None:
+                keep_receipt(result.folder, result.digests)  # Fetched and dropped by another machine.
+        if on_scene is not None:
+            on_scene(said, total)
+    return [built[index] for index in range(total)]
+
+
+def build_scene(task: SceneTask) -> BuiltScene:
+    """Build one observation's scene into the store, unless it is there: the unit of work of a cluster."""
+    begun = time.perf_counter()
+    config, folder, digests, name, problem, made = task.config, task.folder, None, None, None, False
+    try:
+        if task.found is not None:
+            from crism_mlops.products.download import fetch_observation
+
+            assert task.service is not None
+            folder = fetch_observation(task.found, task.root, task.service)
+        digests = observation_digests(folder, task.root, SCENE_KINDS, Path(config.cache).expanduser())
+        name = scene_name(digests, config)
+
+        def write(path: Path) -> None:
+            nonlocal made
+            made = True
+            if (folder / RECEIPT).is_file() and not _images(folder):
+                raise SceneError(
+                    "its images were dropped after an earlier build and the store has no scene made this way; fetch it "
+                    f"again with: crism-mlops data download --id {digests.observation_id}"
+                )
+            _write_scene(path, scene_from_products(open_observation(folder, task.root, SCENE_KINDS), config))
+
+        open_store(config).put(name, write)
+        if task.drop:
+            drop_images(folder, digests)
+    except CrismError as error:
+        name, problem = None, str(error)
+    return BuiltScene(folder, digests, name, problem, made, time.perf_counter() - begun)
+
+
+def load_built(built: Sequence[BuiltScene], config: DataConfig) -> list[Scene]:
+    """The scenes that were built, mapped into memory, in the order of their ids.
+
+    What was left out is warned of, and counted at the end. Raises SceneError where none is left.
+    """
+    store = open_store(config)
+    labels = read_labels(Path(config.labels).expanduser()) if config.labels is not None else {}
+    scenes: dict[str, Scene] = {}
+    problems: Counter[str] = Counter()
+    for one in built:
+        problem = one.problem
+        if one.name is not None and one.digests is not None:
+            scene = load_scene(store, one.name, config, labels)
+            if scene.observation_id in scenes:
+                problem = f"{scene.observation_id} stands in two folders; the first one is used"
+            else:
+                scenes[scene.observation_id] = scene
+        if problem is not None:
+            log.warning("%s left out: %s", one.folder.name, problem)
+            problems[problem] += 1
+    if not scenes:
+        raise SceneError(f"none of the {len(built)} observations could be used; see the warnings above")
+    if problems:
+        log.warning("%d of %d observations left out", sum(problems.values()), len(built))
+    unused = sorted(set(labels) - set(scenes))
+    if unused:
+        log.warning("%s: no scene for %s", config.labels, ", ".join(unused[:5]) + (" ..." if unused[5:] else ""))
+    return [scenes[key] for key in sorted(scenes)]
+
+
+def load_scene(store: Store, name: str, config: DataConfig, labels: Mapping[str, bool | None]) -> Scene:
+    """One scene of the store, mapped into memory; an expert's label wins over its carbonate fraction.
+
+    Raises StoreError if its file is damaged.
+    """
+    import shapely
+
+    path = store.path(name)
+    facts: dict[str, Any] = {key: json.loads(value) for key, value in read_facts(path).items()}
+    arrays = map_arrays(path)
+    identity, longitude, latitude = facts["observation_id"], facts["longitude_deg"], facts["latitude_deg"]
+    return Scene(
+        observation_id=identity,
+        source="mtrdr",
+        bands=arrays["bands"],
+        band_names=BAND_NAMES,
+        target=arrays["target"],
+        valid=arrays["valid"],
+        carbonate=arrays["carbonate"],
+        carbonate_bearing=labels[identity] if identity in labels else kind_of(facts["carbonate_fraction"], config),
+        longitude_deg=longitude,
+        latitude_deg=latitude,
+        region=region_of(longitude, latitude),
+        footprint=None if facts["footprint"] is None else shapely.from_wkt(facts["footprint"]),
+        digest=Path(name).stem,
+    )
+
+
+def _write_scene(path: Path, scene: Scene) -> None:
+    assert scene.carbonate is not None
+    arrays = {"bands": scene.bands, "target": scene.target, "valid": scene.valid, "carbonate": scene.carbonate}
+    facts = {
+        "observation_id": scene.observation_id,
+        "longitude_deg": scene.longitude_deg,
+        "latitude_deg": scene.latitude_deg,
+        "carbonate_fraction": carbonate_fraction(scene.carbonate, scene.valid),
+        "footprint": None if scene.footprint is None else scene.footprint.wkt,
+    }
+    write_arrays(path, arrays, {key: json.dumps(value) for key, value in facts.items()})
+
+
+def _known(task: SceneTask, memory: Path, names: set[str]) -> BuiltScene | None:
+    """The scene of a folder that was built before, found without opening a product."""
+    try:
+        digests = known_digests(task.folder, memory)
+        if digests is None:
+            return None
+        name = scene_name(digests, task.config)
+    except CrismError:
+        # Said when the task is run.
+        return None
+    # With images to drop there is something left to do.
+    if name not in names or (task.drop and _images(task.folder)):
+        return None
+    return BuiltScene(task.folder, digests, name, None, made=False, seconds=0.0)
+
+
+def _images(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix.lower() == ".img"]
+
+
+def _bytes(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except OSError:
+        return 0

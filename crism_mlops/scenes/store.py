@@ -1,0 +1,237 @@
+"""Content-addressed files, written once: built scenes and data sets, in a folder or at an fsspec URL.
+
+A name says what is in the file (a digest of all that it was made from), so a file never changes:
+what is there is whole and right, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crism_mlops.errors import StoreError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Left free on the disk by whoever writes: a full disk takes other programs down as well.
+RESERVE_BYTES = 256 << 20
+
+
+class Store:
+    """Files under a folder or an fsspec URL (s3://bucket/prefix, memory://...).
+
+    `mirror` is a local folder: what lies elsewhere is fetched there once, to be mapped into
+    memory. An instance is cheap and can be pickled. Raises StoreError for a URL that is of no use.
+    """
+
+    def __init__(self, url: str, mirror: Path) -> None:
+        self.url = url
+        self.mirror = mirror
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        try:
+            system, root = url_to_fs(os.path.expanduser(self.url))
+        except (ImportError, ValueError, OSError) as error:
+            raise StoreError(
+                f"data.store {self.url}: {_one_line(error)}; give a folder, or a URL whose fsspec package is installed "
+                "(pip install 'crism-mlops[s3]' for s3://)"
+            ) from error
+        return system, root
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "mirror": self.mirror}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a folder of this machine."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        return isinstance(self._place[0], LocalFileSystem)
+
+    @property
+    def folder(self) -> Path:
+        """Where the store's files (or their copies) lie on this machine."""
+        if self.is_local:
+            return Path(self._place[1])
+        from crism_mlops.config import digest_of
+
+        return self.mirror / "stores" / digest_of(self.url)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is in the store."""
+        if (self.folder / name).is_file():
+            return True
+        if self.is_local:
+            return False
+        system, root = self._place
+        with self._errors(f"look for {name}"):
+            # Another process may have written it since the listing that fsspec remembers.
+            system.invalidate_cache()
+            return bool(system.isfile(f"{root}/{name}"))
+
+    def names(self, folder: str) -> set[str]:
+        """Names of all files below a folder of the store, in one listing."""
+        with self._errors(f"list {folder}"):
+            if self.is_local:
+                files = (self.folder / folder).rglob("*.*") if (self.folder / folder).is_dir() else iter(())
+                return {p.relative_to(self.folder).as_posix() for p in files if not p.name.startswith(".")}
+            system, root = self._place
+            system.invalidate_cache()
+            prefix = f"{root}/".lstrip("/")
+            return {str(p).lstrip("/").removeprefix(prefix) for p in system.find(f"{root}/{folder}")}
+
+    def path(self, name: str) -> Path:
+        """A local path of a stored file; fetched first where the store lies elsewhere."""
+        local = self.folder / name
+        if local.is_file() or self.is_local:
+            return local
+        system, root = self._place
+        with self._errors(f"fetch {name}"), self._partial(local) as partial:
+            system.get_file(f"{root}/{name}", str(partial))
+            partial.replace(local)
+        return local
+
+    def put(self, name: str, write: Callable[[Path], None]) -> Path:
+        """The local path of a file, written by `write(path)` unless it is there already.
+
+        Written under a temporary name and renamed, so that a killed process leaves nothing
+        half-written; of several processes on a machine one writes and the others wait for it.
+        """
+        from filelock import FileLock
+
+        if self.exists(name):
+            return self.path(name)
+        local = self.folder / name
+        with self._errors(f"write {name}"):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            locks = self.folder / ".locks"
+            locks.mkdir(exist_ok=True)
+            with FileLock(locks / f"{local.stem}.lock"):
+                if self.exists(name):
+                    return self.path(name)
+                # Who holds the lock is alone: these are of processes that were killed.
+                for stale in local.parent.glob(f".{local.name}.*.partial"):
+                    stale.unlink(missing_ok=True)
+                self.need(0)
+                with self._partial(local) as partial:
+                    write(partial)
+                    if not self.is_local:
+                        system, root = self._place
+                        # An object store shows an object when all of it has arrived.
+                        system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                        system.put_file(str(partial), f"{root}/{name}")
+                    partial.replace(local)
+        return local
+
+    def forget(self, name: str) -> None:
+        """Remove this machine's copy of a file that lies elsewhere; a folder's own files stay."""
+        if not self.is_local:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def need(self, size: int) -> None:
+        """Raises StoreError where the disk has no room for `size` bytes more, and a reserve."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < size + RESERVE_BYTES:
+            raise StoreError(
+                f"{self.folder}: {free / 1e9:.2f} GB free, {(size + RESERVE_BYTES) / 1e9:.2f} GB needed (with a "
+                f"reserve of {RESERVE_BYTES / 1e9:.2f}); free space or set data.store to another disk, then run the "
+                "same command again: what is built is kept"
+            )
+
+    @contextmanager
+    def _partial(self, local: Path) -> Iterator[Path]:
+        """A temporary name beside `local`, removed if it is still there at the end."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise
+        except OSError as error:
+            what = error.strerror or _one_line(error)
+            raise StoreError(
+                f"data.store {self.url}: cannot {doing} ({what}); check the folder or the URL, its permissions and its "
+                "free space, then run the same command again: what is built is kept"
+            ) from error
+        except Exception as error:
+            # botocore's errors have no common root with Python's own.
+            if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "fsspec", "s3fs", "aiohttp"):
+                raise
+            raise StoreError(f"data.store {self.url}: cannot {doing} ({_one_line(error)})") from error
+
+
+def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> None:
+    """Arrays and facts (text by text) as one safetensors file."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, str(path), metadata=facts)
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The facts of a safetensors file, without its arrays. Raises StoreError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as handle:
+            return dict(handle.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise StoreError(_damaged(path, error)) from error
+
+
+def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, mapped into memory: pages are read when they are looked at.
+
+    Raises StoreError if the file is damaged.
+    """
+    return {name: tensor.numpy() for name, tensor in map_tensors(path).items()}
+
+
+def map_tensors(path: Path) -> dict[str, Any]:
+    """As `map_arrays`, torch tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # torch maps the file; the numpy reader would copy all of it.
+        with safe_open(str(path), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 -- not a dict
+    except (SafetensorError, OSError) as error:
+        raise StoreError(_damaged(path, error)) from error
+
+
+def content_digest(arrays: Sequence[NDArray[Any]]) -> str:
+    """Digest of arrays' shapes, types and bytes: 16 hex digits."""
+    import numpy as np
+
+    content = blake2b(digest_size=8)
+    for array in arrays:
+        content.update(f"{array.shape} {array.dtype.str}".encode())
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return f"{path}: damaged ({_one_line(error)}); remove the file, then run the same command again to build it anew"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,296 @@
+"""Building scenes and data sets into the store: once, whoever asks, and what is left out is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crism_mlops.cluster import Where
+from crism_mlops.config import DataConfig, SweepConfig
+from crism_mlops.dataset.build import build_data_sets, data_sections
+from crism_mlops.dataset.manifest import build_manifest
+from crism_mlops.dataset.samples import samples_bytes
+from crism_mlops.dataset.variants import target_image
+from crism_mlops.dataset.views import apply_view, views_of
+from crism_mlops.errors import ConfigError, SceneError, StoreError
+from crism_mlops.products.digests import RECEIPT, Digests, drop_images, known_digests, observation_digests
+from crism_mlops.products.mtrdr import observation_folders, open_observation
+from crism_mlops.products.simulate import Simulation, write_simulation
+from crism_mlops.scenes.build import SceneTask, build_scenes, load_built, open_store, scene_name
+from crism_mlops.scenes.scene import SCENE_KINDS, scene_from_products
+from crism_mlops.scenes.sources import load_scenes
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve simulated observations, 32 x 32 pixels; look, don't touch."""
+    return write_simulation(Simulation(scenes=12, size=32, seed=11), tmp_path_factory.mktemp("archive"))
+
+
+def configuration(root: Path, **more: Any) -> DataConfig:
+    return DataConfig.model_validate({"source": "mtrdr", "path": str(root), "resolution": 32, **more})
+
+
+def tasks(config: DataConfig, **more: Any) -> list[SceneTask]:
+    root = Path(str(config.path))
+    return [SceneTask(folder, root, config, **more) for folder in observation_folders(root)]
+
+
+def sweep_of(config: DataConfig, **more: Any) -> SweepConfig:
+    content = {
+        "study": "small", "experiment": "tests", "data": config.model_dump(mode="json"),
+        "model": {"kind": "unet", "encoder": "resnet18", "encoder_weights": None}, **more,
+    }  # fmt: skip
+    return SweepConfig.model_validate(content)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    assert 0 < done <= total
+
+
+# --- scenes
+
+
+def test_a_stored_scene_is_what_its_products_give(archive: Path) -> None:
+    config = configuration(archive)
+    built = build_scenes(tasks(config))
+    assert [one.problem for one in built] == [None] * 12
+    assert all(one.made for one in built)
+    for scene, folder in zip(load_built(built, config), observation_folders(archive), strict=True):
+        direct = scene_from_products(open_observation(folder), config)
+        for name in ("bands", "target", "valid", "carbonate"):
+            np.testing.assert_array_equal(getattr(scene, name), getattr(direct, name))
+            assert not getattr(scene, name).flags.writeable
+        for name in ("observation_id", "source", "band_names", "carbonate_bearing", "longitude_deg", "latitude_deg",
+                     "region"):  # fmt: skip
+            assert getattr(scene, name) == getattr(direct, name)
+        assert scene.footprint is not None
+        assert scene.footprint.equals(direct.footprint)
+
+
+def test_the_second_call_builds_nothing_and_opens_nothing(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(archive)
+    first = build_scenes(tasks(config))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a product was opened")
+
+    monkeypatch.setattr("crism_mlops.scenes.build.open_observation", refuse)
+    monkeypatch.setattr("crism_mlops.products.digests.open_observation", refuse)
+    calls: list[tuple[int, int]] = []
+    second = build_scenes(tasks(config), lambda done, total: calls.append((done, total)))
+    assert [one.name for one in second] == [one.name for one in first]
+    assert not any(one.made for one in second)
+    assert calls == [(12, 12)]
+
+
+def test_processes_build_what_one_builds(archive: Path, tmp_path: Path) -> None:
+    found = {}
+    for workers in (1, 2):
+        config = configuration(archive, store=str(tmp_path / f"store{workers}"))
+        built = build_scenes(tasks(config), None, Where(workers=workers))
+        found[workers] = [one.name for one in built]
+        assert len(load_built(built, config)) == 12
+    assert found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [({}, True), ({"variant": "bpn", "normalization": "minmax", "resolution": 64}, True), ({"target": "car"}, False),
+     ({"carbonate": {"minimum_depth": 0.011}}, False), ({"carbonate": {"bearing_fraction": 0.9}}, True),
+     ({"filters": "own.txt"}, False)],
+)  # fmt: skip
+def test_the_name_holds_all_that_a_scene_is_made_from(change: dict[str, Any], same: bool, tmp_path: Path) -> None:
+    nm = np.arange(400.0, 1100.0, 10.0)
+    rows = np.column_stack([nm, *(np.exp(-(((nm - centre) / 60.0) ** 2)) for centre in (500, 680, 840, 940))])
+    np.savetxt("own.txt", rows, delimiter="\t")
+    digests = Digests("frt00000001", {"if": "a" * 64})
+    name = scene_name(digests, configuration(tmp_path))
+    assert (scene_name(digests, configuration(tmp_path, **change)) == name) is same
+    for other in (Digests("frt00000001", {"if": "b" * 64}), Digests("frt00000002", digests.products),
+                  Digests("frt00000001", {**digests.products, "sr": "c" * 64})):  # fmt: skip
+        assert scene_name(other, configuration(tmp_path)) != name
+    browse = Digests("frt00000001", {**digests.products, "brtan": "c" * 64})
+    assert scene_name(browse, configuration(tmp_path)) == name, "what a scene is not made from plays no part"
+
+
+def test_labels_win_and_unknown_is_never_barren(archive: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = {scene.observation_id: scene.carbonate_bearing for scene in load_scenes(configuration(archive))}
+    bearing, barren, third = (
+        next(i for i, k in plain.items() if k is True), next(i for i, k in plain.items() if k is False),
+        sorted(plain)[-1],
+    )  # fmt: skip
+    Path("labels.csv").write_text(
+        f"observation_id,label\n{bearing.upper()},barren\n{barren},Carbonate\n{third},unknown\nfrt0000ffff,barren\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        scenes = load_scenes(configuration(archive, labels="labels.csv"))
+    assert {s.observation_id: s.carbonate_bearing for s in scenes} == {
+        **plain, bearing: False, barren: True, third: None
+    }  # fmt: skip
+    assert "labels.csv: no scene for frt0000ffff" in caplog.text
+
+
+# --- digests, receipts, dropped images
+
+
+def test_digests_see_every_byte_and_are_remembered(archive: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "frt"
+    shutil.copytree(observation_folders(archive)[0], folder)
+    memory = tmp_path / "memory"
+    assert known_digests(folder, memory) is None
+    first = observation_digests(folder, folder.parent, SCENE_KINDS, memory)
+    assert set(first.products) == {"if", "de"}
+    assert known_digests(folder, memory) == first
+    moved = folder.rename(tmp_path / "data" / "elsewhere")
+    assert observation_digests(moved, moved.parent, SCENE_KINDS, memory) == first
+    for suffix in (".img", ".hdr", ".lbl"):
+        path = next(p for p in moved.iterdir() if p.suffix == suffix and "_if" in p.name)
+        whole = path.read_bytes()
+        at = (
+            len(whole) // 2
+            if suffix == ".img"
+            else whole.index(b"simulated")
+            if suffix == ".hdr"
+            else whole.index(b"BY")
+        )
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found = observation_digests(moved, moved.parent, SCENE_KINDS, memory)
+        assert found.products["if"] != first.products["if"]
+        assert found.products["de"] == first.products["de"]
+        path.write_bytes(whole)
+    assert observation_digests(moved, moved.parent, SCENE_KINDS, memory) == first
+    for path in (memory / "digests").iterdir():
+        path.write_text("{")
+    assert observation_digests(moved, moved.parent, SCENE_KINDS, memory) == first, "a damaged memory does no harm"
+
+
+def test_images_can_be_dropped_once_their_scene_is_built(archive: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = Path("data").absolute()
+    shutil.copytree(archive, root)
+    config = configuration(root)
+    whole = load_scenes(config)
+    built = build_scenes(tasks(config, drop=True))
+    assert not list(root.rglob("*.img"))
+    assert len(list(root.rglob("*.hdr"))) == 24
+    assert [one.problem for one in built] == [None] * 12
+    shutil.rmtree(Path(config.cache) / "digests")
+    again = load_scenes(config)
+    assert [scene.content for scene in again] == [scene.content for scene in whole]
+    with caplog.at_level(logging.WARNING), pytest.raises(SceneError, match="none of the 12 observations"):
+        load_scenes(configuration(root, target="car"))
+    assert "images were dropped" in caplog.text
+    assert f"data download --id {whole[0].observation_id}" in caplog.text
+    (observation_folders(root)[0] / RECEIPT).write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_scenes(config)) == 11
+    assert "fetch the observation again" in caplog.text
+
+
+def test_a_folder_that_refuses_keeps_its_images(archive: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "frt"
+    shutil.copytree(observation_folders(archive)[0], folder)
+    (folder / f".{RECEIPT}").mkdir()
+    digests = observation_digests(folder, tmp_path, SCENE_KINDS, tmp_path / "memory")
+    freed = sum(path.stat().st_size for path in folder.glob("*.img"))
+    assert drop_images(folder, digests) == freed > 0
+
+
+# --- data sets
+
+
+def test_samples_are_the_views_of_the_scenes(archive: Path) -> None:
+    config = configuration(archive, resolution=64, variant="pca")
+    scenes = load_scenes(config)
+    manifest = build_manifest(scenes, config, sweep_of(config).split)
+    samples = manifest.samples()
+    names = [(sample.scene.observation_id, sample.view) for sample in samples]
+    assert names == [
+        (scene.observation_id, view.name)
+        for scene in manifest.of("train")
+        for view in views_of(scene.observation_id, config.views, manifest.seed)
+    ]
+    for index in (0, 3, len(samples) - 1):
+        sample = samples[index]
+        view = next(
+            v for v in views_of(sample.scene.observation_id, config.views, manifest.seed) if v.name == sample.view
+        )
+        image, valid = apply_view(manifest.transform.image(sample.scene), sample.scene.valid, view, 64)
+        truth = target_image(sample.scene, "fal", "physical")
+        target, _ = apply_view(truth, sample.scene.valid, view, 64)
+        for found, wanted in ((sample.input, image), (sample.target, target), (sample.valid, valid)):
+            np.testing.assert_array_equal(found.numpy(), wanted.numpy())
+    assert len(samples[1:4]) == 3
+    stored = Path(config.store) / samples.stored[0]
+    assert stored.stat().st_size == pytest.approx(samples_bytes(config), rel=0.01)
+
+
+def test_a_sweep_s_data_sets_are_written_once(archive: Path) -> None:
+    config = configuration(archive)
+    search = {"data.variant": {"choice": ["pnr", "bpn"]}, "data.normalization": {"choice": ["physical", "minmax"]}}
+    sweep = sweep_of(config, search=search)
+    assert len(data_sections(sweep)) == 4
+    first = build_data_sets(sweep, silent)
+    assert (len(first.scenes), first.made, first.left_out) == (12, 12, {})
+    assert len({one.digest for one in first.data_sets}) == 4
+    times = {path: path.stat().st_mtime_ns for path in Path(config.store).rglob("*.*")}
+    second = build_data_sets(sweep, silent, Where(workers=2))
+    assert second.made == 0
+    assert second.data_sets == first.data_sets
+    assert {path: path.stat().st_mtime_ns for path in Path(config.store).rglob("*.*")} == times
+    record = json.loads((Path(config.store) / first.data_sets[0].record).read_text())
+    assert record["digest"] == first.data_sets[0].digest
+    assert set(record["samples"]) == set(record["split"]["train"])
+    assert json.dumps(first.as_json())
+
+
+def test_a_range_cannot_be_built_beforehand(archive: Path) -> None:
+    sweep = sweep_of(configuration(archive), search={"data.resolution": {"int": [32, 64, 32]}})
+    with pytest.raises(ConfigError, match=r"search\.data\.resolution: a range"):
+        build_data_sets(sweep, silent)
+
+
+def test_no_room_is_said_before_anything_is_rendered(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(archive)
+    load_scenes(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(StoreError, match=r"0\.00 GB free"):
+        build_data_sets(sweep_of(config), silent)
+    assert not open_store(config).names("samples")
+
+
+BUILD = "from crism_mlops.cli import main; import sys; sys.argv[1:] = {arguments}; main()"
+
+
+def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        "study: killed\nexperiment: tests\n"
+        "data: {source: simulated, simulated: {scenes: 24, size: 64, seed: 5}, resolution: 64}\n"
+        "model: {kind: unet, encoder: resnet18, encoder_weights: null}\n"
+    )
+    arguments = ["data", "build", "sweep.yaml", "--workers", "1"]
+    command = [sys.executable, "-c", BUILD.format(arguments=arguments)]
+    scenes = tmp_path / "mlruns" / "store" / "scenes"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        while len(list(scenes.rglob("*.safetensors"))) < 5:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    kept = {path.name: path.stat().st_mtime_ns for path in scenes.rglob("[!.]*.safetensors")}
+    assert 5 <= len(kept) < 24
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"24 scenes in mlruns/store: {24 - len(kept)} built, {len(kept)} found there" in result.stdout
+    assert {
+        name: path.stat().st_mtime_ns for path in scenes.rglob("*.safetensors") if (name := path.name) in kept
+    } == kept
+    assert not list((tmp_path / "mlruns" / "store").rglob("*.partial"))
