@@ -56,3 +56,8 @@ class StudyError(CrismError):
 
 class PromotionError(CrismError):
     """No run can be promoted as asked."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of readable length; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from crism_mlops.errors import TrackingError
+from crism_mlops.errors import TrackingError, one_line
 
 # Read by mlflow when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -394,11 +394,6 @@ def shown(uri: str, text: str | None = None) -> str:
     password = urllib.parse.urlsplit(uri).password
     text = uri if text is None else text
     return text.replace(f":{password}@", ":***@") if password else text
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without its line breaks, cut to a readable length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def flat_json(content: Any) -> str:

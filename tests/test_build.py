@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ode_server import ode_server
 
 from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig, SweepConfig
-from crism_mlops.dataset.build import build_data_sets, data_sections
+from crism_mlops.dataset.build import build_data_sets, data_sections, fetch_tasks
 from crism_mlops.dataset.manifest import build_manifest
 from crism_mlops.dataset.samples import samples_bytes
 from crism_mlops.dataset.variants import target_image
 from crism_mlops.dataset.views import apply_view, views_of
 from crism_mlops.errors import ConfigError, SceneError, StoreError
 from crism_mlops.products.digests import RECEIPT, Digests, drop_images, known_digests, observation_digests
-from crism_mlops.products.mtrdr import observation_folders, open_observation
+from crism_mlops.products.observations import observation_folders, open_observation
+from crism_mlops.products.ode import Query, search
+from crism_mlops.products.service import Service
 from crism_mlops.products.simulate import Simulation, write_simulation
 from crism_mlops.scenes.build import SceneTask, build_scenes, load_built, open_store, scene_name
 from crism_mlops.scenes.scene import SCENE_KINDS, scene_from_products
@@ -294,3 +297,61 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
         name: path.stat().st_mtime_ns for path in scenes.rglob("*.safetensors") if (name := path.name) in kept
     } == kept
     assert not list((tmp_path / "mlruns" / "store").rglob("*.partial"))
+
+
+# --- from the archive
+
+
+def test_observations_are_fetched_built_and_dropped_one_by_one(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    config = configuration(Path("mars"))
+    sweep = sweep_of(config)
+    with ode_server() as server:
+        for folder in observation_folders(archive):
+            server.add_folder(folder)
+        service = Service(f"{server.url}/live2", (server.host,))
+        found = search(Query(region="Nili Fossae"), service)
+        assert len(found) == 12
+        tasks = fetch_tasks(found, sweep, service, drop=True)
+        report = build_data_sets(sweep, silent, Where(workers=1), tasks)
+        assert (report.made, report.left_out) == (12, {})
+        asked = len(server.log)
+        assert build_data_sets(sweep, silent, Where(workers=1), tasks).made == 0
+        assert len(server.log) == asked, "what was dropped is not fetched again"
+    assert not list(Path("mars").rglob("*.img"))
+    # From here on it is a folder like any other.
+    direct = {scene.observation_id: scene for scene in load_scenes(configuration(archive, store="other"))}
+    for scene in load_scenes(config):
+        np.testing.assert_array_equal(scene.bands, direct[scene.observation_id].bands)
+    # A machine that has receipts only: the observations were fetched and dropped by others.
+    for path in Path("mars").rglob("*"):
+        if path.is_file() and path.name != RECEIPT:
+            path.unlink()
+    assert len(load_scenes(config)) == 12
+
+
+def test_an_observation_that_cannot_be_fetched_is_left_out(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sweep = sweep_of(configuration(Path("mars")))
+    with ode_server() as server:
+        folders = observation_folders(archive)
+        for folder in folders:
+            server.add_folder(folder)
+        lost = next(path for path in server.files if folders[0].name in path.lower() and path.lower().endswith(".img"))
+        del server.files[lost]
+        service = Service(f"{server.url}/live2", (server.host,), tries=2, sleep=no_sleep)
+        found = search(Query(region="Nili Fossae"), service)
+        report = build_data_sets(sweep, silent, Where(workers=1), fetch_tasks(found, sweep, service, drop=False))
+    assert report.made == 11
+    assert list(report.left_out) == [folders[0].name]
+    assert "is not complete" in report.left_out[folders[0].name]
+
+
+def no_sleep(seconds: float) -> None:
+    assert seconds >= 0.0
+
+
+def test_fetching_needs_a_folder_to_put_things_in() -> None:
+    sweep = sweep_of(DataConfig(source="simulated"))
+    with pytest.raises(SceneError, match=r"data\.source=mtrdr and data\.path=FOLDER"):
+        fetch_tasks([], sweep, Service(), drop=True)

@@ -22,7 +22,8 @@ from crism_mlops.products.geometry import (
     footprint,
     grid,
 )
-from crism_mlops.products.mtrdr import Product, observation_folders, open_observation, open_product
+from crism_mlops.products.mtrdr import Product, open_product
+from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.simulate import MARS_RADIUS_M, Simulation, write_simulation
 
 Write = Callable[..., Path]

@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 from crism_mlops.errors import ProductError
 from crism_mlops.products.geometry import Grid, equirectangular_wkt, grid
 from crism_mlops.products.geotiff import MAX_PIXELS, read_geotiff, write_geotiff
-from crism_mlops.products.mtrdr import observation_folders, open_observation
+from crism_mlops.products.observations import observation_folders, open_observation
 
 GRID = Grid(equirectangular_wkt(20.0, 0.0, 3393833.260758386), (18.0, 0.0, 4125693.7, 0.0, -18.0, 1260341.5))
 VALID = np.ones((20, 30), dtype=bool)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from crism_mlops.errors import CrismError, ProductError
 from crism_mlops.products.labels import MAX_LABEL_BYTES, Layout, read_label
-from crism_mlops.products.mtrdr import Product, observation_folders, open_observation, open_product
+from crism_mlops.products.mtrdr import Product, open_product
+from crism_mlops.products.observations import observation_folders, open_observation
 
 Write = Callable[..., Path]
 STEM = "frt0000643d_07_if164l_trr3"

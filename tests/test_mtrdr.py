@@ -18,13 +18,8 @@ from numpy.typing import NDArray
 
 from crism_mlops.errors import CrismError, ProductError
 from crism_mlops.products.geometry import centre_degrees
-from crism_mlops.products.mtrdr import (
-    Product,
-    observation_folders,
-    open_observation,
-    open_product,
-    parse_name,
-)
+from crism_mlops.products.mtrdr import Product, open_product, parse_name
+from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.regions import REGIONS, east_longitude_180, region_of
 
 Write = Callable[..., Path]

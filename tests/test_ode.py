@@ -29,7 +29,7 @@ from ode_server import Fault, OdeServer, ode_server
 from crism_mlops.errors import CrismError
 from crism_mlops.products import transfer
 from crism_mlops.products.download import DownloadReport, download, estimate, fetch_observation, select
-from crism_mlops.products.mtrdr import open_observation
+from crism_mlops.products.observations import open_observation
 from crism_mlops.products.ode import Box, FoundFile, Observation, Query, Service, _product, _results, parse_box, search
 from crism_mlops.products.service import ArchiveError, Patience, TryAgainError, checked_url
 from crism_mlops.products.transfer import DiskFullError

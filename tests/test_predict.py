@@ -23,7 +23,7 @@ from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from crism_mlops.products.geometry import grid
 from crism_mlops.products.geotiff import write_geotiff
-from crism_mlops.products.mtrdr import observation_folders, open_observation
+from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.simulate import Simulation, write_simulation
 from crism_mlops.scenes.bands import CASSIS_BANDS, band_image
 from crism_mlops.scenes.scene import scene_from_products

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from crism_mlops.errors import SceneError
 from crism_mlops.products.geometry import area_km2
-from crism_mlops.products.mtrdr import open_observation
+from crism_mlops.products.observations import open_observation
 from crism_mlops.scenes.bands import IF_RANGE
 from crism_mlops.scenes.inspect import LOOKED_AT, inspect_path
 from crism_mlops.scenes.quicklook import CARBONATE, NO_DATA, quicklook, stretched, write_quicklook

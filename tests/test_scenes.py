@@ -16,7 +16,8 @@ from PIL import Image
 
 from crism_mlops.config import DataConfig
 from crism_mlops.errors import CrismError, ProductError, SceneError
-from crism_mlops.products.mtrdr import Product, open_observation, open_product
+from crism_mlops.products.mtrdr import Product, open_product
+from crism_mlops.products.observations import open_observation
 from crism_mlops.products.simulate import mtrdr_wavelengths
 from crism_mlops.scenes.bands import BAND_NAMES, CASSIS_BANDS, FILTERS, Filter, band_image, filter_weights
 from crism_mlops.scenes.scene import Scene, scene_from_products

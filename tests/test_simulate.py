@@ -19,7 +19,7 @@ from crism_mlops.products.endmembers import (
     hapke_reflectance,
     single_scattering_albedo,
 )
-from crism_mlops.products.mtrdr import observation_folders, open_observation
+from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.regions import REGIONS, region_of
 from crism_mlops.products.simulate import (
     NODATA,

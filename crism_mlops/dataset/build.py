@@ -13,7 +13,7 @@ from crism_mlops.cluster import Where
 from crism_mlops.config import Choice, DataConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import ConfigError, SceneError
-from crism_mlops.products.mtrdr import observation_folders
+from crism_mlops.products.observations import observation_folders
 from crism_mlops.scenes.build import BuiltScene, SceneTask, build_scenes, load_built, open_store
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.sources import load_scenes, scenes_root

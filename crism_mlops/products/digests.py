@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from crism_mlops.errors import ProductError
-from crism_mlops.products.mtrdr import RECEIPT, open_observation
+from crism_mlops.products.observations import RECEIPT, open_observation
 
 _SUFFIXES = (".img", ".hdr", ".lbl", ".txt")
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crism_mlops.errors import ProductError
+from crism_mlops.errors import ProductError, one_line
 from crism_mlops.products.geometry import Grid
 
 # 10^8 pixels of four bands are 1.6 GB as float32; a whole CaSSIS image has about 2 x 10^7.
@@ -82,7 +82,7 @@ def write_geotiff(
                 written.checksum(count)
         partial.replace(path)
     except (OSError, RasterioError) as error:
-        raise ProductError(f"{path}: cannot be written ({_one_line(error)}); make room or name another file") from error
+        raise ProductError(f"{path}: cannot be written ({one_line(error)}); make room or name another file") from error
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -112,7 +112,7 @@ def read_geotiff(path: Path, wanted: Sequence[str], named: Sequence[str] | None 
             place, note = _grid(source)
     except (OSError, RasterioError, ValueError, MemoryError) as error:
         raise ProductError(
-            f"{path}: not a readable GeoTIFF, or a damaged one ({_one_line(error)}); write it again"
+            f"{path}: not a readable GeoTIFF, or a damaged one ({one_line(error)}); write it again"
         ) from error
     image = np.stack(planes, axis=-1)
     valid = np.asarray(np.isfinite(image).all(axis=-1))
@@ -186,8 +186,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             log.setLevel(level)
-
-
-def _one_line(error: BaseException) -> str:
-    # rasterio often says no more than that there was an earlier error.
-    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from crism_mlops.errors import ProductError
+from crism_mlops.errors import ProductError, one_line
 
 # The archive's labels have about 10 kB; pvl reads 100 to 200 kB/s and needs seconds for wild text.
 MAX_LABEL_BYTES = 128 << 10
@@ -95,7 +95,7 @@ def read_label(path: Path) -> Label:
     try:
         return _with_image(label, scope, image)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ProductError(f"{path}: {_one_line(error)}; expected a CRISM image's label, download it again") from error
+        raise ProductError(f"{path}: {one_line(error)}; expected a CRISM image's label, download it again") from error
 
 
 def _parsed(path: Path) -> Any:
@@ -106,7 +106,7 @@ def _parsed(path: Path) -> Any:
         # Labels are ASCII; pvl refuses all else, but a stray byte in a comment does no harm.
         text = path.read_bytes().decode("ascii", "replace").replace("\ufffd", "?")
     except OSError as error:
-        raise ProductError(f"{path}: the label cannot be read ({_one_line(error)})") from error
+        raise ProductError(f"{path}: the label cannot be read ({one_line(error)})") from error
     import pvl
 
     try:
@@ -114,7 +114,7 @@ def _parsed(path: Path) -> Any:
     except Exception as error:
         # pvl meets wild text with ValueError, TypeError, StopIteration, RecursionError and more.
         raise ProductError(
-            f"{path}: not a readable PDS3 label ({_one_line(error)[:200]}); download the product again"
+            f"{path}: not a readable PDS3 label ({one_line(error)[:200]}); download the product again"
         ) from error
     if "PDS_VERSION_ID" not in _keywords(module):
         raise ProductError(f"{path}: not a PDS3 label (no PDS_VERSION_ID); download the product again")
@@ -282,7 +282,3 @@ def _shown(value: Any) -> str:
     if type(value) is int and value.bit_length() > 63:
         return f"a number of {value.bit_length()} bits"
     return "missing" if value is None else repr(value)[:80]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

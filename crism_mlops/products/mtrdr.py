@@ -8,10 +8,9 @@ label beside them, TRDR images a label alone.
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crism_mlops.errors import ProductError
+from crism_mlops.errors import ProductError, one_line
+from crism_mlops.products.envi import header_fields, header_layout, header_wavelengths, listed, projection
 from crism_mlops.products.labels import Label, Layout, read_label
 
 _NAME = re.compile(
     r"^(?P<observation>[a-z]{3}[0-9a-f]{8})_(?P<counter>[0-9a-f]{2})_"
     r"(?P<kind>br[a-z0-9]{3}|[a-z]{2})(?P<activity>\d{3})?(?P<sensor>[jls])_(?P<level>mtr|ter|trr)(?P<version>\d)$"
 )
-# ENVI "data type" codes (ENVI Header Files, NV5 Geospatial documentation).
-_DTYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
 _MAX_PIXELS = 100_000 * 100_000
-# The longest real header has 15 kB and 400 lines; spectral's time grows with the square of the lines.
-_MAX_HEADER_BYTES, _MAX_HEADER_LINES = 4 << 20, 20_000
 _SUFFIXES = (".hdr", ".lbl", ".lbl.txt", ".img")
-# Digests of an observation whose images were dropped after use (products/digests.py).
-RECEIPT = "crism-mlops-receipt.json"
-_LEVELS = ("trr", "ter", "mtr")
 # A detector has 480 rows and 640 columns.
 _MAX_WAVELENGTHS = 480 * 640
 # What CRISM writes where a float product has no data (and 255 in browse products).
@@ -106,7 +99,7 @@ class Product:
         try:
             image: NDArray[Any] = np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=on_disk)
         except (OSError, ValueError) as error:
-            raise ProductError(f"{self.path}: the image cannot be read ({_one_line(error)})") from error
+            raise ProductError(f"{self.path}: the image cannot be read ({one_line(error)})") from error
         axis = {"bsq": 0, "bil": 1, "bip": 2}[self.interleave]
         if rows is not None:
             image = image[:, rows] if self.interleave == "bsq" else image[rows]
@@ -206,8 +199,8 @@ def open_product(path: Path, root: Path | None = None) -> Product:
         raise ProductError(f"{source}: no image file beside it; expected {source.name.split('.')[0]}.img")
     image = files[".img"]
     label = None if label_path is None else read_label(label_path)
-    fields = {} if header is None else _header_fields(header)
-    layout = _header_layout(header, fields) if header is not None else label.layout if label is not None else None
+    fields = {} if header is None else header_fields(header)
+    layout = header_layout(header, fields) if header is not None else label.layout if label is not None else None
     if layout is None:
         raise ProductError(f"{source}: describes no IMAGE and there is no ENVI header; download the product again")
     _check_layout(source, layout)
@@ -215,12 +208,12 @@ def open_product(path: Path, root: Path | None = None) -> Product:
         _check_agreement(source, layout, name, image, label)
     _check_size(image, source, layout, label)
     bands = layout.shape[2]
-    names = _listed(fields.get("band names"))
+    names = listed(fields.get("band names"))
     if names is None and label is not None:
         names = label.band_names
     if names is not None and len(names) != bands:
         raise ProductError(f"{source}: {len(names)} band names for {bands} bands")
-    wavelengths_nm = _header_wavelengths(header, fields, bands) if header is not None else None
+    wavelengths_nm = header_wavelengths(header, fields, bands) if header is not None else None
     if header is None and label is not None and label.wavelength_file is not None:
         wavelengths_nm = _detector_wavelengths(label, bands, path.parent if root is None else root)
     return Product(
@@ -234,10 +227,10 @@ def open_product(path: Path, root: Path | None = None) -> Product:
         nodata=_nodata(source, fields, label, name, layout),
         wavelengths_nm=wavelengths_nm,
         band_names=names,
-        map_info=_listed(fields.get("map info")),
+        map_info=listed(fields.get("map info")),
         label=label_path,
         scaling=None if label is None else label.scaling,
-        projection_wkt=_projection(fields.get("coordinate system string")),
+        projection_wkt=projection(fields.get("coordinate system string")),
     )
 
 
@@ -249,59 +242,21 @@ def _files_beside(path: Path, root: Path) -> dict[str, Path]:
         for file in sorted(path.parent.iterdir()):
             suffix = file.name[len(stem) :].lower()
             if file.name[: len(stem)].lower() == stem and suffix in _SUFFIXES and file.is_file():
-                found.setdefault(suffix, _inside(file, root))
+                found.setdefault(suffix, inside(file, root))
     except OSError as error:
-        raise ProductError(f"{path.parent}: cannot be read ({_one_line(error)})") from error
+        raise ProductError(f"{path.parent}: cannot be read ({one_line(error)})") from error
     return found
 
 
-def _inside(path: Path, root: Path) -> Path:
+def inside(path: Path, root: Path) -> Path:
     """`path` itself; raises ProductError if it lies outside `root` when links are followed."""
     try:
         place, allowed = path.resolve(), root.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
-        raise ProductError(f"{path}: cannot be followed ({_one_line(error)})") from error
+        raise ProductError(f"{path}: cannot be followed ({one_line(error)})") from error
     if not place.is_relative_to(allowed):
         raise ProductError(f"{path}: a link that leaves {root} (to {place}); copy what it points to into the folder")
     return path
-
-
-def _header_fields(header: Path) -> dict[str, Any]:
-    """An ENVI header's fields by lower-case name: text, or a list where the value stands in braces."""
-    from spectral.io import envi
-
-    try:
-        size = header.stat().st_size
-        # spectral leaves the file open where the text cannot be decoded, so it is tried here first.
-        if size > _MAX_HEADER_BYTES or header.read_text().count("\n") > _MAX_HEADER_LINES:
-            raise ProductError(
-                f"{header}: {size} bytes; an ENVI header has at most {_MAX_HEADER_BYTES} bytes "
-                f"and {_MAX_HEADER_LINES} lines"
-            )
-        with warnings.catch_warnings():
-            # Field names in capitals are legal; spectral warns about each header that has them.
-            warnings.simplefilter("ignore", UserWarning)
-            fields: dict[str, Any] = envi.read_envi_header(str(header))
-    except (envi.EnviException, OSError, ValueError) as error:
-        raise ProductError(f"{header}: not a readable ENVI header ({_one_line(error)})") from error
-    return fields
-
-
-def _header_layout(header: Path, fields: dict[str, Any]) -> Layout:
-    try:
-        shape = (int(fields["lines"]), int(fields["samples"]), int(fields["bands"]))
-        interleave = str(fields["interleave"]).lower()
-        code = int(fields["data type"])
-        offset = int(fields.get("header offset", 0))
-        order = int(fields.get("byte order", 0))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProductError(f"{header}: a field is missing or not a number ({_one_line(error)})") from error
-    if interleave not in ("bsq", "bil", "bip") or code not in _DTYPES or order not in (0, 1):
-        raise ProductError(
-            f"{header}: interleave {interleave[:80]!r}, data type {code}, byte order {order}; expected bsq, bil or "
-            f"bip, a real data type ({', '.join(map(str, _DTYPES))}) and byte order 0 or 1"
-        )
-    return Layout(shape, np.dtype((">" if order else "<") + _DTYPES[code]), interleave, offset)
 
 
 def _check_layout(source: Path, layout: Layout) -> None:
@@ -352,7 +307,7 @@ def _check_size(image: Path, source: Path, layout: Layout, label: Label | None) 
     try:
         found = image.stat().st_size
     except OSError as error:
-        raise ProductError(f"{image}: cannot be read ({_one_line(error)})") from error
+        raise ProductError(f"{image}: cannot be read ({one_line(error)})") from error
     if found < whole:
         raise ProductError(
             f"{image}: {found} bytes, but its {_role(source)} describes {whole}; the file is truncated, "
@@ -367,22 +322,6 @@ def _check_size(image: Path, source: Path, layout: Layout, label: Label | None) 
 
 def _role(source: Path) -> str:
     return "header" if source.suffix.lower() == ".hdr" else "label"
-
-
-def _header_wavelengths(header: Path, fields: dict[str, Any], bands: int) -> NDArray[np.float64] | None:
-    """Wavelengths in nm, B float64, increasing."""
-    listed = _listed(fields.get("wavelength"))
-    if listed is None:
-        return None
-    try:
-        wavelengths = np.array([float(w) for w in listed])
-    except ValueError as error:
-        raise ProductError(f"{header}: a wavelength is not a number ({_one_line(error)})") from error
-    if wavelengths.size != bands:
-        raise ProductError(f"{header}: {wavelengths.size} wavelengths for {bands} bands")
-    if not np.isfinite(wavelengths).all() or not (np.diff(wavelengths) > 0.0).all():
-        raise ProductError(f"{header}: its wavelengths do not increase from band to band")
-    return wavelengths * (1000.0 if str(fields.get("wavelength units", "")).lower().startswith("micro") else 1.0)
 
 
 def _detector_wavelengths(label: Label, bands: int, root: Path) -> NDArray[np.float64] | None:
@@ -423,7 +362,7 @@ def _nodata(
         try:
             return float(fields["data ignore value"])
         except (TypeError, ValueError) as error:
-            raise ProductError(f"{source}: data ignore value is not a number ({_one_line(error)})") from error
+            raise ProductError(f"{source}: data ignore value is not a number ({one_line(error)})") from error
     if label is not None and label.nodata is not None:
         return label.nodata
     if fields:
@@ -432,115 +371,3 @@ def _nodata(
     if name.kind.startswith("br") and layout.dtype == np.uint8:
         return 255.0
     return _NODATA if layout.dtype.kind == "f" else None
-
-
-def _projection(value: str | list[str] | None) -> str | None:
-    """Well-known text, which spectral takes apart at its commas."""
-    return (value if isinstance(value, str) else ",".join(value or ())).strip() or None
-
-
-def _listed(value: str | list[str] | None) -> tuple[str, ...] | None:
-    """A list field's items; a value without braces is a list of one."""
-    if value is None:
-        return None
-    return tuple(item.strip() for item in ([value] if isinstance(value, str) else value))
-
-
-def observation_folders(root: Path) -> list[Path]:
-    """Folders below (or equal to) `root` that hold CRISM products, sorted by name.
-
-    A folder with the receipt of dropped images counts as well. Hidden folders are left out:
-    observations are written under such names and then renamed. A link to a folder of products is
-    listed unless that folder is listed itself; a folder that cannot be looked into is listed too:
-    `open_observation` says what is wrong with either. Raises ProductError if the folder does not
-    exist, cannot be read or holds no product.
-    """
-    if not root.is_dir():
-        raise ProductError(f"{root}: no such folder; expected a folder of observations such as frt0000643d/")
-    found: list[Path] = []
-    links: list[Path] = []
-    unreadable: list[Path] = []
-    for place, folders, files in os.walk(root, onerror=lambda e: unreadable.append(Path(e.filename))):
-        folder = Path(place)
-        # os.walk does not go through links, so that one to / or to itself does no harm.
-        links += [folder / name for name in folders if not name.startswith(".") and (folder / name).is_symlink()]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if RECEIPT in files or any(_is_description(folder / name) for name in files):
-            # The user's own link to one observation is fine.
-            found.append(folder.resolve() if folder == root else folder)
-    if root in unreadable:
-        raise ProductError(f"{root}: cannot be read; check its permissions")
-    own = {folder.resolve() for folder in found}
-    found += [link for link in links if link.resolve() not in own and _holds_products(link)]
-    found = sorted({*found, *unreadable}, key=lambda p: p.name.lower())
-    if not found:
-        raise ProductError(
-            f"{root}: holds no CRISM product; expected files such as frt0000643d_07_if164j_mtr3.hdr with its .img"
-        )
-    return found
-
-
-def _is_description(path: Path) -> bool:
-    """Whether a name is that of a CRISM product's header or label."""
-    return path.name.lower().endswith((".hdr", ".lbl", ".lbl.txt")) and parse_name(path) is not None
-
-
-def _holds_products(folder: Path) -> bool:
-    try:
-        return any(_is_description(path) for path in folder.iterdir())
-    except OSError:
-        return True  # opening it says why it cannot be read
-
-
-def open_observation(
-    folder: Path, root: Path | None = None, kinds: Collection[str] | None = None
-) -> dict[str, Product]:
-    """The products of one observation folder (of some kinds) by kind: "if", "sr", "de", "brtan", ...
-
-    Where there are several of a kind, the map-projected one of the highest version is taken, as
-    the other products' pixels are those of the map. A detector's own product (TRDR) counts only
-    where no joined one of its kind is there; its key has the sensor and the counter: "if_l_07".
-
-    No file may lie outside `root` (by default the folder), symbolic links followed. Raises
-    ProductError if a product cannot be read, if the folder holds none, or if it mixes observations
-    or several images (counters) of one.
-    """
-    if root is None:
-        # A link to a folder may stay beside it; what `folder` itself is called is the user's business.
-        _inside(folder, Path(os.path.abspath(folder)).parent)
-        root = folder
-    else:
-        _inside(folder, root)
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise ProductError(f"{folder}: cannot be read ({_one_line(error)})") from error
-    named = [(name, path) for path in paths if _is_description(path) and (name := parse_name(path)) is not None]
-    if not named:
-        raise ProductError(f"{folder}: holds no CRISM product; expected files such as frt0000643d_07_if164j_mtr3.hdr")
-    ids = sorted({name.observation_id for name, _ in named})
-    if len(ids) > 1:
-        raise ProductError(f"{folder}: holds {len(ids)} observations ({', '.join(ids)}); give each its own folder")
-    joined = {name.kind for name, _ in named if name.level != "trr"}
-    counters = sorted({name.counter for name, _ in named if name.level != "trr"})
-    if len(counters) > 1:
-        raise ProductError(
-            f"{folder}: holds {len(counters)} images of {ids[0]} (counters {', '.join(counters)}); "
-            "give each its own folder"
-        )
-    best: dict[str, tuple[ProductName, Path]] = {}
-    for name, path in named:
-        if (name.level == "trr" and name.kind in joined) or (kinds is not None and name.kind not in kinds):
-            continue
-        key = name.kind if name.level != "trr" else f"{name.kind}_{name.sensor}_{name.counter}"
-        if key not in best or _rank(name) > _rank(best[key][0]):
-            best[key] = (name, path)
-    return {key: open_product(path, root) for key, (_, path) in best.items()}
-
-
-def _rank(name: ProductName) -> tuple[int, int]:
-    return _LEVELS.index(name.level), name.version
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -106,9 +106,7 @@ def _disk_bytes(product: Product, rows: slice, bands: int) -> int:
     return (rows.stop - rows.start) * product.shape[1] * count * product.dtype.itemsize
 
 
-def _read(
-    file: FileIO, product: Product, rows: slice, bands: list[int], memory: NDArray[np.uint8]
-) -> NDArray[Any]:
+def _read(file: FileIO, product: Product, rows: slice, bands: list[int], memory: NDArray[np.uint8]) -> NDArray[Any]:
     """Some rows of some bands into `memory`; rows x W x bands in the dtype on disk."""
     height, width, count = product.shape
     lines = rows.stop - rows.start

@@ -10,8 +10,8 @@ from typing import Any
 
 from crism_mlops.config import Variant, error_sign
 from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
-from crism_mlops.errors import PromotionError, TrackingError
-from crism_mlops.tracking import RunInfo, Tracker, one_line, translated
+from crism_mlops.errors import PromotionError, TrackingError, one_line
+from crism_mlops.tracking import RunInfo, Tracker, translated
 
 log = logging.getLogger(__name__)
 MODEL_NAME = "crism-instruct-pix2pix"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from math import gamma
 from pathlib import Path
 from typing import Literal
@@ -27,6 +25,10 @@ _EDGE_POWER = 8
 # infrared: a parabola, highest at the first and zero at the second from it, in nm. Without it BLU
 # comes out up to 12 % too dark. Chosen on the published responses (SVO filter service).
 _THROUGHPUT_NM = (750.0, 325.0)
+# Enough pixels at once that the calls on them cost little, few enough to stay in the cache.
+_CACHED_BYTES = 4 << 20
+_HIGH = np.float32(IF_RANGE[1]).view(np.uint32)
+_NEGATIVE = np.uint32(1 << 31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +108,11 @@ def band_image(product: Product, filters: tuple[Filter, ...] = FILTERS) -> NDArr
         raise SceneError(f"{product.path.name}: its header lists no wavelengths, so no filter can be applied")
     weights = np.stack([filter_weights(f, product.wavelengths_nm) for f in filters]).astype(np.float32)
     bands = [int(band) for band in np.flatnonzero(weights.any(axis=0))]
-    height, width, _ = product.shape
     means = _Means(product, bands, weights[:, bands])
-    with closing(pieces(product, bands)) as stream, ThreadPoolExecutor(_WORKERS) as pool:
+    with closing(pieces(product, bands)) as stream:
         for piece in stream:
-            list(pool.map(partial(means.add, piece), range(_WORKERS)))
+            means.add(piece)
+    height, width, _ = product.shape
     return np.moveaxis(means.sums.reshape(-1, height, width), 0, -1)
 
 
@@ -120,62 +122,62 @@ class _Means:
     sums: F x pixels float32, the means once a filter's last channel is in; empty: pixels without any
     data so far, whose sums hold anything; ragged: pixels that lack some channels; lacking: F x pixels
     float32, the weight that these pixels lack. Memory that is touched for the first time costs as
-    much as the arithmetic on it, so only what is needed is.
+    much as the arithmetic on it: so `lacking` is written for ragged pixels only.
     """
 
     def __init__(self, product: Product, bands: list[int], weights: NDArray[np.float32]) -> None:
-        self.product, self.bands, self.weights = product, bands, weights
         pixels = product.shape[0] * product.shape[1]
+        self.product, self.bands, self.weights = product, bands, weights
         self.sums = np.empty((len(weights), pixels), dtype=np.float32)
         self.lacking = np.zeros_like(self.sums)
         self.empty = np.ones(pixels, dtype=np.bool_)
         self.ragged = np.zeros(pixels, dtype=np.bool_)
-        self.scratch = [np.empty((0, 0), dtype=np.float32)] * _WORKERS
+        self.scratch = np.empty((0, 0), dtype=np.float32)
         seen = [np.flatnonzero(row) for row in weights]
-        self.first, self.last = [int(s[0]) for s in seen], [int(s[-1]) for s in seen]
-        # Then samples that mean "no data" are outside IF_RANGE, as outliers are.
+        self.first, self.last = np.array([(s[0], s[-1]) for s in seen]).T
+        # Then all samples that mean "no data" lie outside IF_RANGE, as outliers do.
         within = product.nodata is not None and IF_RANGE[0] < np.float32(product.nodata) < IF_RANGE[1]
-        self.as_on_disk = product.dtype == np.float32 and product.dtype.isnative and not within and not product.scaling
+        self.as_on_disk = product.dtype == np.float32 and product.dtype.isnative and not (within or product.scaling)
 
-    def add(self, piece: Piece, worker: int) -> None:
-        """Take in a worker's share of a piece's rows, in parts that a processor's cache holds."""
+    def add(self, piece: Piece) -> None:
+        """Take in a piece, in parts that stay in a processor's cache."""
         lines, width, channels = piece.raw.shape
-        seen = [f for f, row in enumerate(self.weights) if row[piece.bands].any()]
-        kernel = self.weights[seen, piece.bands]
-        step = max(1, _CHUNK_BYTES // (4 * width * channels))
-        if self.scratch[worker].shape[1] < step * width:
-            self.scratch[worker] = np.empty((len(self.weights) + 2, step * width), dtype=np.float32)
-        for row in range(worker * step, lines, step * _WORKERS):
+        step = max(1, _CACHED_BYTES // (4 * width * channels))
+        if self.scratch.shape[1] < step * width:
+            self.scratch = np.empty((len(self.weights) + 2, step * width), dtype=np.float32)
+        for row in range(0, lines, step):
             spectra = piece.raw[row : row + step]
             if not self.as_on_disk:
                 spectra = self.product.physical(spectra, self.bands[piece.bands])
             samples = np.moveaxis(spectra, -1, 0).reshape(channels, -1)
             start = (piece.rows.start + row) * width
-            here = slice(start, start + samples.shape[1])
             with np.errstate(all="ignore"):
-                self._add(samples, piece.bands, seen, kernel, here, self.scratch[worker][:, : samples.shape[1]])
+                self._add(samples, piece.bands, slice(start, start + samples.shape[1]))
 
-    def _add(self, samples: NDArray[np.float32], bands: slice, seen, kernel, here: slice, scratch: NDArray[np.float32]) -> None:
+    def _add(self, samples: NDArray[np.float32], bands: slice, here: slice) -> None:
+        """Take in samples, channels x pixels: the channels `bands` of the pixels `here`."""
         sums, lacking, empty, ragged = self.sums[:, here], self.lacking[:, here], self.empty[here], self.ragged[here]
+        highest, lowest, *room = self.scratch[:, : samples.shape[1]]
         # As whole numbers the floats from 0 to the upper limit are the smallest; above them come
         # larger ones, NaN and all below 0. So two passes find the pixels that need a closer look.
         bits = samples.view(np.uint32)
-        highest, lowest = scratch[:2].view(np.uint32)
-        odd = bits.max(axis=0, out=highest) >= _LIMIT
-        gone = odd
+        odd = gone = bits.max(axis=0, out=highest.view(np.uint32)) >= _HIGH
         if odd.any():
-            gone = (bits.min(axis=0, out=lowest) >= _LIMIT) & (highest < _SIGN)
+            gone = bits.min(axis=0, out=lowest.view(np.uint32)) >= _HIGH
+            gone &= highest.view(np.uint32) < _NEGATIVE
         if bands.start == 0:
             empty[:] = gone
         elif (late := np.flatnonzero(empty & ~gone)).size:
             # They have data at last.
             empty[late], ragged[late] = False, True
-            unfinished = np.array([f for f, last in enumerate(self.last) if last >= bands.start])[:, None]
-            sums[unfinished, late] = 0.0
-            lacking[unfinished, late] = self.weights[unfinished[:, 0], : bands.start].sum(axis=1)[:, None]
+            open_ = np.flatnonzero(self.last >= bands.start)
+            sums[np.ix_(open_, late)] = 0.0
+            lacking[np.ix_(open_, late)] = self.weights[open_, : bands.start].sum(axis=1)[:, None]
 
+        seen = np.flatnonzero(self.weights[:, bands].any(axis=1))
+        kernel = self.weights[seen, bands]
         # Not a matrix product: BLAS would start threads of its own for each of many small ones.
-        parts = np.einsum("fb,bn->fn", kernel, samples, out=scratch[2 : len(seen) + 2])
+        parts = np.einsum("fb,bn->fn", kernel, samples, out=self.scratch[2 : 2 + seen.size, : samples.shape[1]])
         some = np.flatnonzero(odd & ~empty)
         if some.size:
             few = samples[:, some]
@@ -195,17 +197,85 @@ class _Means:
                 sums[f, rest] = np.where(share > 0.5, sums[f, rest] / share, np.float32(np.nan))
 
 
-import os
-
-_WORKERS=int(os.environ.get("T","1"))
-_CHUNK_BYTES = int(os.environ.get("CH","1024"))<<10
-_LIMIT = np.float32(IF_RANGE[1]).view(np.uint32)
-_SIGN = np.uint32(1 << 31)
-
-
 def load_filters(path: str | Path | None) -> tuple[Filter, ...]:
-    return FILTERS
+    """The built-in filters, or those with the CaSSIS responses of a file or folder of one's own.
+
+    A file is a table of nm, BLU, PAN, RED, NIR, at any wavelengths, columns named by a first line or
+    in this order; a folder holds normalized_response_BLU.TXT (PAN, RED, NIR; upper or lower case): nm
+    and response. Responses need no normalisation. The rectangular filters stay as they are.
+    Raises SceneError if one cannot be read or is no response.
+    """
+    if path is None:
+        return FILTERS
+    place = Path(path).expanduser()
+    if place.is_dir():
+        curves = {name: _folder_curve(place, name) for name in CASSIS_BANDS}
+    else:
+        curves = _table_curves(place)
+    return tuple(_tabulated(place, band.name, *curves[band.name]) if band.name in curves else band for band in FILTERS)
 
 
 def filters_digest(filters: tuple[Filter, ...]) -> str:
-    return digest_of([str(f) for f in filters])
+    """16 hex digits over what the filters let through; where the curves were read from does not count."""
+    family = [_EDGE_POWER, *_THROUGHPUT_NM]
+    return digest_of([[f.name, f.shape, f.centre_nm, f.width_nm, f.nm, f.values, family] for f in filters])
+
+
+def _folder_curve(folder: Path, name: str) -> tuple[list[float], list[float]]:
+    wanted = f"normalized_response_{name}.TXT"
+    try:
+        found = sorted(path for path in folder.iterdir() if path.name.lower() == wanted.lower())
+    except OSError as error:
+        raise SceneError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    if not found:
+        raise SceneError(
+            f"{folder}: no {wanted}; a folder of responses holds one for each of {', '.join(CASSIS_BANDS)}"
+        )
+    _, columns = _numbers(found[0], 2)
+    return columns[0], columns[1]
+
+
+def _table_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    header, columns = _numbers(path, 1 + len(CASSIS_BANDS))
+    names = [name.upper() for name in header[1:]] or list(CASSIS_BANDS)
+    lacking = [name for name in CASSIS_BANDS if name not in names]
+    if lacking:
+        raise SceneError(f"{path}: no column {', '.join(lacking)}; its first line should be nm, BLU, PAN, RED, NIR")
+    return {name: (columns[0], columns[1 + names.index(name)]) for name in CASSIS_BANDS}
+
+
+def _numbers(path: Path, count: int) -> tuple[list[str], list[list[float]]]:
+    """The words of a first line that holds no numbers, and the columns of the rest."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise SceneError(f"{path}: filter responses cannot be read ({reason}); expected a table or a folder") from error
+    header: list[str] = []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            values = [float(word) for word in words]
+        except ValueError as error:
+            if not rows and not header:
+                header = [word.strip() for word in line.split("\t")] if "\t" in line else words
+                continue
+            raise SceneError(f"{path}: line {number} is {line.strip()[:60]!r}; expected {count} numbers") from error
+        if len(values) != count:
+            raise SceneError(f"{path}: line {number} holds {len(values)} numbers; expected {count}: nm and response")
+        rows.append(values)
+    return header, [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
+
+
+def _tabulated(path: Path, name: str, nm: list[float], values: list[float]) -> Filter:
+    x, y = np.array(nm), np.array(values)
+    if x.size < 2 or not np.isfinite(x).all() or not (np.diff(x) > 0.0).all():
+        raise SceneError(f"{path}: the wavelengths of {name} do not increase from line to line; expected nm, rising")
+    if not np.isfinite(y).all() or y.min() < 0.0 or y.max() <= 0.0:
+        raise SceneError(f"{path}: the response of {name} is negative, not a number, or zero everywhere")
+    area = float(np.trapezoid(y, x))
+    centre = float(np.trapezoid(x * y, x)) / area
+    return Filter(name, centre, area / float(y.max()), "table", tuple(nm), tuple(values))

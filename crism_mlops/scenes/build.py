@@ -22,7 +22,7 @@ from crism_mlops.products.digests import (
     observation_digests,
     remember,
 )
-from crism_mlops.products.mtrdr import RECEIPT, open_observation
+from crism_mlops.products.observations import RECEIPT, open_observation
 from crism_mlops.products.regions import region_of
 from crism_mlops.scenes.bands import BAND_NAMES, IF_RANGE, filters_digest, load_filters
 from crism_mlops.scenes.labels import read_labels

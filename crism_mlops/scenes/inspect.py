@@ -10,7 +10,8 @@ import numpy as np
 from crism_mlops.config import DataConfig
 from crism_mlops.errors import CrismError, ProductError, SceneError
 from crism_mlops.products.geometry import area_km2, centre_degrees, footprint
-from crism_mlops.products.mtrdr import Product, observation_folders, open_observation
+from crism_mlops.products.mtrdr import Product
+from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.regions import region_of
 from crism_mlops.scenes.bands import IF_RANGE
 from crism_mlops.scenes.quicklook import write_quicklook

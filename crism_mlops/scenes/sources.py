@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig
 from crism_mlops.errors import CrismError, SceneError
-from crism_mlops.products.mtrdr import observation_folders
+from crism_mlops.products.observations import observation_folders
 from crism_mlops.products.regions import east_longitude_180
 from crism_mlops.scenes.build import SceneTask, build_scenes, load_built
 from crism_mlops.scenes.labels import read_labels

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.errors import StoreError
+from crism_mlops.errors import StoreError, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +44,7 @@ class Store:
             system, root = url_to_fs(os.path.expanduser(self.url))
         except (ImportError, ValueError, OSError) as error:
             raise StoreError(
-                f"data.store {self.url}: {_one_line(error)}; give a folder, or a URL whose fsspec package is installed "
+                f"data.store {self.url}: {one_line(error)}; give a folder, or a URL whose fsspec package is installed "
                 "(pip install 'crism-mlops[s3]' for s3://)"
             ) from error
         return system, root
@@ -167,7 +167,7 @@ class Store:
         except StoreError:
             raise
         except OSError as error:
-            what = error.strerror or _one_line(error)
+            what = error.strerror or one_line(error)
             raise StoreError(
                 f"data.store {self.url}: cannot {doing} ({what}); check the folder or the URL, its permissions and its "
                 "free space, then run the same command again: what is built is kept"
@@ -176,7 +176,7 @@ class Store:
             # botocore's errors have no common root with Python's own.
             if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "fsspec", "s3fs", "aiohttp"):
                 raise
-            raise StoreError(f"data.store {self.url}: cannot {doing} ({_one_line(error)})") from error
+            raise StoreError(f"data.store {self.url}: cannot {doing} ({one_line(error)})") from error
 
 
 def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> None:
@@ -230,8 +230,4 @@ def content_digest(arrays: Sequence[NDArray[Any]]) -> str:
 
 
 def _damaged(path: Path, error: BaseException) -> str:
-    return f"{path}: damaged ({_one_line(error)}); remove the file, then run the same command again to build it anew"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"{path}: damaged ({one_line(error)}); remove the file, then run the same command again to build it anew"

@@ -26,7 +26,8 @@ from crism_mlops.evaluation.evaluate import noise_seed
 from crism_mlops.models.checkpoint import Checkpoint, load_checkpoint
 from crism_mlops.products.geometry import Grid, centre_degrees, grid
 from crism_mlops.products.geotiff import BandImage, read_geotiff, write_geotiff
-from crism_mlops.products.mtrdr import Product, observation_folders, open_observation
+from crism_mlops.products.mtrdr import Product
+from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.regions import UNKNOWN_REGION, region_of
 from crism_mlops.scenes.bands import IF_RANGE, band_image, load_filters
 from crism_mlops.scenes.quicklook import NO_DATA, stretched, write_figure

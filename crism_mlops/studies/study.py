@@ -19,13 +19,13 @@ from optuna.trial import TrialState
 from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import StudyError, TrackingError
+from crism_mlops.errors import StudyError, TrackingError, one_line
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
 from crism_mlops.studies.run import Hooks, log_configuration, log_floors, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
-from crism_mlops.tracking import DEFAULT_ROOT, Tracker, git_commit, one_line, shown, sqlite_path
+from crism_mlops.tracking import DEFAULT_ROOT, Tracker, git_commit, shown, sqlite_path
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)

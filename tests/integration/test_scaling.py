@@ -13,7 +13,7 @@ from crism_mlops.cluster import Where, run
 from crism_mlops.config import SweepConfig
 from crism_mlops.dataset.build import build_data_sets
 from crism_mlops.errors import SceneError
-from crism_mlops.products.mtrdr import observation_folders
+from crism_mlops.products.observations import observation_folders
 from crism_mlops.products.simulate import Simulation, write_simulation
 from crism_mlops.scenes.build import SceneTask, build_scenes, load_built, open_store
 from crism_mlops.scenes.sources import load_scenes
