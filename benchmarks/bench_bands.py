@@ -27,12 +27,13 @@ from crism_mlops.scenes.bands import CASSIS_BANDS, FILTERS, band_image, filter_w
 
 TILE = 128
 BUFFER = 8 << 20
-# What is measured: interleave, filters, and what a plain read of the same takes in.
+CASSIS = tuple(f for f in FILTERS if f.name in CASSIS_BANDS)
+# What is measured: interleave, filters, and what the plain read takes in.
 CASES = {
     "bsq, 7 filters": ("bsq", FILTERS, "the channels of these filters"),
-    "bsq, 4 CaSSIS filters": ("bsq", tuple(f for f in FILTERS if f.name in CASSIS_BANDS), "the channels of these filters"),
+    "bsq, 4 CaSSIS filters": ("bsq", CASSIS, "the channels of these filters"),
     "bil, 7 filters": ("bil", FILTERS, "the whole file"),
-}  # fmt: skip
+}
 
 
 def main() -> None:

@@ -99,15 +99,19 @@ def predict_images(
 def predict_pairs(
     model: Model, pairs: Sequence[Pair], template: str, config: EvaluateConfig, resolution: int
 ) -> list[NDArray[np.float32]]:
-    """`predict_images` for scenes: prompts from their metadata, noise from their ids."""
-    return predict_images(
-        model,
-        [p.image for p in pairs],
-        [scene_prompt(template, p.scene) for p in pairs],
-        [noise_seed(config.seed, p.scene.observation_id) for p in pairs],
-        resolution,
-        config.chunk,
-    )
+    """`predict_images` for scenes, a chunk of them in memory: prompts from their metadata, noise from their ids."""
+    outputs: list[NDArray[np.float32]] = []
+    for start in range(0, len(pairs), config.chunk):
+        part = pairs[start : start + config.chunk]
+        outputs += predict_images(
+            model,
+            [p.image for p in part],
+            [scene_prompt(template, p.scene) for p in part],
+            [noise_seed(config.seed, p.scene.observation_id) for p in part],
+            resolution,
+            config.chunk,
+        )
+    return outputs
 
 
 def score_pairs(

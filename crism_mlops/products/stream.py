@@ -6,7 +6,7 @@ other and memory does not grow with the cube.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def row_blocks(
 
 def pieces(
     product: Product, bands: Sequence[int], piece_bytes: int = PIECE_BYTES, whole_spectra: bool = False
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """Every sample of some bands once, in pieces of up to `piece_bytes` (a row of a band at least).
 
     Where the file holds one band after the other (bsq), a piece is some whole bands, or some rows
@@ -103,12 +103,12 @@ def _plan(product: Product, bands: list[int], piece_bytes: int, whole_spectra: b
 def _disk_bytes(product: Product, rows: slice, bands: int) -> int:
     """What must be read for some rows of so many bands; bip holds whole spectra."""
     count = product.shape[2] if product.interleave == "bip" else bands
-    return (rows.stop - rows.start) * product.shape[1] * count * product.dtype.itemsize
+    return int((rows.stop - rows.start) * product.shape[1] * count * product.dtype.itemsize)
 
 
 def _read(file: FileIO, product: Product, rows: slice, bands: list[int], memory: NDArray[np.uint8]) -> NDArray[Any]:
     """Some rows of some bands into `memory`; rows x W x bands in the dtype on disk."""
-    height, width, count = product.shape
+    _, width, count = product.shape
     lines = rows.stop - rows.start
     view = memory[: _disk_bytes(product, rows, len(bands))]
     filled = 0

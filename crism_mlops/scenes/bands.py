@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from math import gamma
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,9 @@ _EDGE_POWER = 8
 _THROUGHPUT_NM = (750.0, 325.0)
 # Enough pixels at once that the calls on them cost little, few enough to stay in the cache.
 _CACHED_BYTES = 4 << 20
+import os
+_WORKERS = int(os.environ.get('T','2'))
+_CACHED_BYTES=int(os.environ.get('CH','4096'))<<10
 _HIGH = np.float32(IF_RANGE[1]).view(np.uint32)
 _NEGATIVE = np.uint32(1 << 31)
 
@@ -109,9 +114,10 @@ def band_image(product: Product, filters: tuple[Filter, ...] = FILTERS) -> NDArr
     weights = np.stack([filter_weights(f, product.wavelengths_nm) for f in filters]).astype(np.float32)
     bands = [int(band) for band in np.flatnonzero(weights.any(axis=0))]
     means = _Means(product, bands, weights[:, bands])
-    with closing(pieces(product, bands)) as stream:
+    with closing(pieces(product, bands)) as stream, ThreadPoolExecutor(_WORKERS, "crism-bands") as pool:
         for piece in stream:
-            means.add(piece)
+            for _ in pool.map(partial(means.add, piece), range(_WORKERS)):
+                pass
     height, width, _ = product.shape
     return np.moveaxis(means.sums.reshape(-1, height, width), 0, -1)
 
@@ -132,39 +138,39 @@ class _Means:
         self.lacking = np.zeros_like(self.sums)
         self.empty = np.ones(pixels, dtype=np.bool_)
         self.ragged = np.zeros(pixels, dtype=np.bool_)
-        self.scratch = np.empty((0, 0), dtype=np.float32)
+        self.scratch = [np.empty((0, 0), dtype=np.float32)] * _WORKERS
         seen = [np.flatnonzero(row) for row in weights]
         self.first, self.last = np.array([(s[0], s[-1]) for s in seen]).T
         # Then all samples that mean "no data" lie outside IF_RANGE, as outliers do.
         within = product.nodata is not None and IF_RANGE[0] < np.float32(product.nodata) < IF_RANGE[1]
         self.as_on_disk = product.dtype == np.float32 and product.dtype.isnative and not (within or product.scaling)
 
-    def add(self, piece: Piece) -> None:
-        """Take in a piece, in parts that stay in a processor's cache."""
+    def add(self, piece: Piece, worker: int) -> None:
+        """Take in one worker's share of a piece, in parts that stay in a processor's cache."""
         lines, width, channels = piece.raw.shape
         step = max(1, _CACHED_BYTES // (4 * width * channels))
-        if self.scratch.shape[1] < step * width:
-            self.scratch = np.empty((len(self.weights) + 2, step * width), dtype=np.float32)
-        for row in range(0, lines, step):
+        if self.scratch[worker].shape[1] < step * width:
+            self.scratch[worker] = np.empty((len(self.weights) + 2, step * width), dtype=np.float32)
+        for row in range(worker * step, lines, _WORKERS * step):
             spectra = piece.raw[row : row + step]
             if not self.as_on_disk:
                 spectra = self.product.physical(spectra, self.bands[piece.bands])
             samples = np.moveaxis(spectra, -1, 0).reshape(channels, -1)
-            start = (piece.rows.start + row) * width
+            start, count = (piece.rows.start + row) * width, samples.shape[1]
             with np.errstate(all="ignore"):
-                self._add(samples, piece.bands, slice(start, start + samples.shape[1]))
+                self._add(samples, piece.bands, slice(start, start + count), self.scratch[worker][:, :count])
 
-    def _add(self, samples: NDArray[np.float32], bands: slice, here: slice) -> None:
+    def _add(self, samples: NDArray[np.float32], bands: slice, here: slice, scratch: NDArray[np.float32]) -> None:
         """Take in samples, channels x pixels: the channels `bands` of the pixels `here`."""
         sums, lacking, empty, ragged = self.sums[:, here], self.lacking[:, here], self.empty[here], self.ragged[here]
-        highest, lowest, *room = self.scratch[:, : samples.shape[1]]
+        highest, lowest = scratch[:2].view(np.uint32)
         # As whole numbers the floats from 0 to the upper limit are the smallest; above them come
         # larger ones, NaN and all below 0. So two passes find the pixels that need a closer look.
         bits = samples.view(np.uint32)
-        odd = gone = bits.max(axis=0, out=highest.view(np.uint32)) >= _HIGH
+        odd = gone = bits.max(axis=0, out=highest) >= _HIGH
         if odd.any():
-            gone = bits.min(axis=0, out=lowest.view(np.uint32)) >= _HIGH
-            gone &= highest.view(np.uint32) < _NEGATIVE
+            gone = bits.min(axis=0, out=lowest) >= _HIGH
+            gone &= highest < _NEGATIVE
         if bands.start == 0:
             empty[:] = gone
         elif (late := np.flatnonzero(empty & ~gone)).size:
@@ -177,7 +183,7 @@ class _Means:
         seen = np.flatnonzero(self.weights[:, bands].any(axis=1))
         kernel = self.weights[seen, bands]
         # Not a matrix product: BLAS would start threads of its own for each of many small ones.
-        parts = np.einsum("fb,bn->fn", kernel, samples, out=self.scratch[2 : 2 + seen.size, : samples.shape[1]])
+        parts = np.einsum("fb,bn->fn", kernel, samples, out=scratch[2 : 2 + seen.size])
         some = np.flatnonzero(odd & ~empty)
         if some.size:
             few = samples[:, some]
@@ -208,10 +214,7 @@ def load_filters(path: str | Path | None) -> tuple[Filter, ...]:
     if path is None:
         return FILTERS
     place = Path(path).expanduser()
-    if place.is_dir():
-        curves = {name: _folder_curve(place, name) for name in CASSIS_BANDS}
-    else:
-        curves = _table_curves(place)
+    curves = {name: _folder_curve(place, name) for name in CASSIS_BANDS} if place.is_dir() else _table_curves(place)
     return tuple(_tabulated(place, band.name, *curves[band.name]) if band.name in curves else band for band in FILTERS)
 
 
@@ -252,7 +255,7 @@ def _numbers(path: Path, count: int) -> tuple[list[str], list[list[float]]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise SceneError(f"{path}: filter responses cannot be read ({reason}); expected a table or a folder") from error
     header: list[str] = []
-    rows = []
+    rows: list[list[float]] = []
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:

@@ -364,7 +364,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, scenes: Sequence[Scene]
         raise EvaluationError(f"--split {split}: expected train, validation, test or test_balanced")
     model, checkpoint = load_checkpoint(folder, resolve_device(config.device))
     own = checkpoint.config
-    for name in ("target", "target_normalization"):
+    for name in ("target", "target_normalization", "ranges"):
         trained, asked = getattr(own.data, name), getattr(config.data, name)
         if trained != asked:
             raise EvaluationError(
