@@ -23,7 +23,8 @@ import numpy as np
 
 from crism_mlops.products.mtrdr import Product, open_product
 from crism_mlops.products.simulate import Simulation, write_simulation
-from crism_mlops.scenes.bands import CASSIS_BANDS, FILTERS, band_image, filter_weights
+from crism_mlops.scenes.bands import band_image
+from crism_mlops.scenes.filters import CASSIS_BANDS, FILTERS, filter_weights
 
 TILE = 128
 BUFFER = 8 << 20

@@ -22,7 +22,7 @@ from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.dataset.split import PARTS, Split
 from crism_mlops.dataset.variants import fit_transform
 from crism_mlops.errors import DatasetError
-from crism_mlops.scenes.bands import BAND_NAMES
+from crism_mlops.scenes.filters import BAND_NAMES
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.sources import load_scenes
 

@@ -28,7 +28,7 @@ from crism_mlops.dataset.variants import (
 )
 from crism_mlops.dataset.views import MAX_ANGLE_DEG, WHOLE, View, apply_view, views_of
 from crism_mlops.errors import DatasetError
-from crism_mlops.scenes.bands import BAND_NAMES
+from crism_mlops.scenes.filters import BAND_NAMES
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.sources import load_scenes
 

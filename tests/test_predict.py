@@ -25,7 +25,8 @@ from crism_mlops.products.geometry import grid
 from crism_mlops.products.geotiff import write_geotiff
 from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.simulate import Simulation, write_simulation
-from crism_mlops.scenes.bands import CASSIS_BANDS, band_image
+from crism_mlops.scenes.bands import band_image
+from crism_mlops.scenes.filters import CASSIS_BANDS
 from crism_mlops.scenes.scene import scene_from_products
 from crism_mlops.studies import run as studies_run
 from crism_mlops.studies.predict import check_output, figure, predict_scene, write_prediction

@@ -19,7 +19,7 @@ from crism_mlops.errors import CrismError, ProductError, SceneError
 from crism_mlops.products.mtrdr import Product, open_product
 from crism_mlops.products.observations import open_observation
 from crism_mlops.products.simulate import mtrdr_wavelengths
-from crism_mlops.scenes.bands import BAND_NAMES, CASSIS_BANDS, FILTERS, Filter, band_image, filter_weights
+from crism_mlops.scenes.filters import BAND_NAMES, CASSIS_BANDS
 from crism_mlops.scenes.scene import Scene, scene_from_products
 from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.scenes.targets import (
@@ -63,112 +63,6 @@ def cube_product(write_envi: Write, tmp_path: Path) -> Callable[[Array], Product
         return open_product(write_envi(tmp_path / "frt0000643d", cube, wavelengths=wavelengths))
 
     return make
-
-
-# --- filters
-
-
-def test_flat_spectrum_is_the_same_through_every_filter(cube_product: Callable[[Array], Product]) -> None:
-    image = band_image(cube_product(np.full((3, 2, 489), 0.31)))
-    assert image.shape == (3, 2, len(BAND_NAMES))
-    assert image.dtype == np.float32
-    np.testing.assert_allclose(image, 0.31, rtol=1e-5)
-
-
-def test_bands_against_a_loop(cube_product: Callable[[Array], Product]) -> None:
-    rng = np.random.default_rng(0)
-    cube = rng.uniform(0.1, 0.4, (2, 2, 489))
-    image = band_image(cube_product(cube))
-    for index, (name, low, high) in enumerate(
-        [("RECT840", 780, 900), ("RECT1005", 860, 1150), ("RECT1770", 1550, 1990)], start=4
-    ):
-        assert BAND_NAMES[index] == name
-        inside = (low <= WAVELENGTHS) & (high >= WAVELENGTHS)
-        spacing = np.minimum(np.gradient(WAVELENGTHS), 2 * np.median(np.gradient(WAVELENGTHS)))[inside]
-        expected = (cube[..., inside] * spacing).sum(axis=-1) / spacing.sum()
-        np.testing.assert_allclose(image[..., index], expected, rtol=1e-5)
-
-
-def test_gaussian_filters() -> None:
-    band = Filter("X", 800.0, 100.0, "gaussian")
-    response = band.response(np.array([800.0, 750.0, 850.0, 500.0]))
-    np.testing.assert_allclose(response, [1.0, 0.5, 0.5, 0.0])
-    assert band.response(np.array([1200.0]))[0] == 0.0
-
-
-def test_a_gap_does_not_count_for_its_neighbours() -> None:
-    """PAN lies over the gap at 631-710 nm: the channels at its edges weigh at most twice the others."""
-    pan = FILTERS[BAND_NAMES.index("PAN")]
-    weights = filter_weights(pan, WAVELENGTHS)
-    assert weights.sum() == pytest.approx(1.0)
-    per_response = weights / np.where(pan.response(WAVELENGTHS) > 0, pan.response(WAVELENGTHS), np.inf)
-    used = per_response[per_response > 0]
-    assert used.max() <= 2.05 * np.median(used)
-
-
-def test_filters_follow_the_real_responses(real_data: Path) -> None:
-    """Gaussians of CaSSIS's centres and widths, against the real responses over real type spectra."""
-    table = np.loadtxt(real_data / "cassis" / "cassis-response-mtrdr.txt")
-    names = ("BLU", "PAN", "RED", "NIR")
-    worst = dict.fromkeys(names, 0.0)
-    for path in sorted((real_data / "spectra" / "mica").glob("*.tab")):
-        table_um = np.loadtxt(path, delimiter=",")
-        good = (table_um[:, 3] > 0) & (table_um[:, 3] < 1.2)
-        wavelengths, spectrum = table_um[good, 0] * 1000.0, table_um[good, 3]
-        spacing = np.minimum(np.gradient(wavelengths), 2 * np.median(np.gradient(wavelengths)))
-        for column, name in enumerate(names, start=1):
-            real = np.interp(wavelengths, table[:, 0], table[:, column], left=0, right=0) * spacing
-            ours = filter_weights(FILTERS[BAND_NAMES.index(name)], wavelengths)
-            error = abs(ours @ spectrum / (real @ spectrum / real.sum()) - 1.0)
-            worst[name] = max(worst[name], float(error))
-    assert worst["RED"] < 0.01
-    assert worst["NIR"] < 0.01
-    assert worst["BLU"] < 0.03
-    assert worst["PAN"] < 0.08  # the real PAN is a box that ends at 800 nm
-
-
-def test_outliers_are_left_out_of_a_band(cube_product: Callable[[Array], Product]) -> None:
-    cube = np.full((1, 4, 489), 0.2)
-    red = np.flatnonzero(FILTERS[BAND_NAMES.index("RED")].response(WAVELENGTHS))
-    cube[0, 1, red[5]] = -1640.0
-    cube[0, 2, red[6]] = 65535.0
-    cube[0, 3, red] = 3.0e4
-    image = band_image(cube_product(cube))
-    np.testing.assert_allclose(image[0, :3], 0.2, rtol=1e-5)
-    assert np.isnan(image[0, 3, BAND_NAMES.index("RED")])
-    assert np.isfinite(image[0, 3, BAND_NAMES.index("BLU")])
-
-
-def test_cube_without_the_filter_s_channels(
-    cube_product: Callable[[Array], Product], write_envi: Write, tmp_path: Path
-) -> None:
-    few = WAVELENGTHS > 1500
-    with pytest.raises(SceneError, match=r"filter BLU at 494\.8 nm has no channel in 15"):
-        band_image(cube_product(np.full((2, 2, few.sum()), 0.2), WAVELENGTHS[few]))
-    with pytest.raises(SceneError, match="1 channel"):
-        band_image(cube_product(np.full((2, 2, 1), 0.2), np.array([800.0])))
-    with pytest.raises(SceneError, match="lists no wavelengths"):
-        band_image(open_product(write_envi(tmp_path, np.full((2, 2, 3), 0.2))))
-
-
-def test_real_spectra(real_data: Path, cube_product: Callable[[Array], Product]) -> None:
-    tifffile = pytest.importorskip("tifffile")
-    cube = tifffile.imread(real_data / "mtrdr" / "frt0000932c_07_if164j_mtr3_subsampled.tif")
-    product = cube_product(cube)
-    image = band_image(product)
-    empty = (cube == 65535).all(axis=-1)
-    assert empty.any()
-    assert np.isnan(image[empty]).all()
-    inside = image[~empty]
-    assert np.isfinite(inside).mean() > 0.95
-    assert np.nanmin(inside) > 0.02
-    assert np.nanmax(inside) < 0.6
-    # Mars is red.
-    red, blue = (inside[:, BAND_NAMES.index(name)] for name in ("RED", "BLU"))
-    assert (red[np.isfinite(red)] > blue[np.isfinite(red)]).mean() > 0.99
-    parameters = summary_parameters({"if": product}, ALL_PARAMETERS)
-    assert np.isnan(parameters[empty]).all()
-    assert np.nanmax(np.abs(parameters)) < 1.2  # no outlier, such as -1640, comes through
 
 
 # --- summary parameters, from the paper's formulas (Viviano-Beck et al. 2014, tables 2 and A1)

@@ -28,7 +28,7 @@ from crism_mlops.products.simulate import (
     write_observation,
     write_simulation,
 )
-from crism_mlops.scenes.bands import CASSIS_BANDS, FILTERS, filter_weights
+from crism_mlops.scenes.filters import CASSIS_BANDS, FILTERS, filter_weights
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.targets import CARBONATE_PARAMETERS, summary_parameters
 

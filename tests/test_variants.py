@@ -26,7 +26,7 @@ from crism_mlops.dataset.variants import (
 )
 from crism_mlops.errors import DatasetError
 from crism_mlops.models.checkpoint import _transform as transform_of_card
-from crism_mlops.scenes.bands import BAND_NAMES, CASSIS_BANDS
+from crism_mlops.scenes.filters import BAND_NAMES, CASSIS_BANDS
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
 

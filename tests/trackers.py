@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from crism_mlops.config import SweepConfig
-from crism_mlops.scenes.bands import BAND_NAMES
+from crism_mlops.scenes.filters import BAND_NAMES
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.tracking import Tracker
 

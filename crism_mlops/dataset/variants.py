@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from crism_mlops.config import Normalization, Variant
 from crism_mlops.errors import DatasetError
-from crism_mlops.scenes.bands import CASSIS_BANDS
+from crism_mlops.scenes.filters import CASSIS_BANDS
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
 

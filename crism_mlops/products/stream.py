@@ -6,6 +6,7 @@ other and memory does not grow with the cube.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from crism_mlops.errors import ProductError
 from crism_mlops.products.mtrdr import Product
 
-# Few megabytes suffice to keep a disk busy, and memory that was never touched before is slow.
-PIECE_BYTES = 16 << 20
+# Few megabytes suffice to keep a disk busy; more fall out of the processor's cache, and memory that
+# was never touched before is slow.
+PIECE_BYTES = 8 << 20
+AHEAD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +68,24 @@ def pieces(
     plan = _plan(product, bands, piece_bytes, whole_spectra)
     largest = max((_disk_bytes(product, rows, len(bands[part])) for rows, part in plan), default=0)
     try:
+        memory = [np.empty(largest, np.uint8) for _ in plan[: AHEAD + 1]]
         # Opened without a buffer: each read goes straight into a piece's memory.
         with FileIO(product.path) as file, ThreadPoolExecutor(1, "crism-read") as reader:
-            memory = [np.empty(largest, np.uint8) for _ in plan[:2]]
-            # Leaving early, by an error or Ctrl-C too, waits for at most the one read under way.
-            coming = None
-            for index, (rows, part) in enumerate(plan):
-                task = coming or reader.submit(_read, file, product, rows, bands[part], memory[0])
-                if index + 1 < len(plan):
-                    after, next_part = plan[index + 1]
-                    coming = reader.submit(_read, file, product, after, bands[next_part], memory[(index + 1) % 2])
-                yield Piece(rows, part, task.result())
+
+            def read(index: int) -> NDArray[Any]:
+                rows, part = plan[index]
+                return _read(file, product, rows, bands[part], memory[index % len(memory)])
+
+            try:
+                coming = deque(reader.submit(read, index) for index in range(len(memory[1:])))
+                for index, (rows, part) in enumerate(plan):
+                    # The caller is done with the piece before, so its memory is free.
+                    if index + len(memory) <= len(plan):
+                        coming.append(reader.submit(read, index + len(memory) - 1))
+                    yield Piece(rows, part, coming.popleft().result())
+            finally:
+                # Whoever leaves early, by an error or Ctrl-C too, waits for the one read under way.
+                reader.shutdown(cancel_futures=True)
     except OSError as error:
         raise ProductError(f"{product.path}: the image cannot be read ({error.strerror or error})") from error
     except MemoryError as error:

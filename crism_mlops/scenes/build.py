@@ -24,7 +24,8 @@ from crism_mlops.products.digests import (
 )
 from crism_mlops.products.observations import RECEIPT, open_observation
 from crism_mlops.products.regions import region_of
-from crism_mlops.scenes.bands import BAND_NAMES, IF_RANGE, filters_digest, load_filters
+from crism_mlops.scenes.bands import IF_RANGE
+from crism_mlops.scenes.filters import BAND_NAMES, filters_digest, load_filters
 from crism_mlops.scenes.labels import read_labels
 from crism_mlops.scenes.scene import SCENE_KINDS, Scene, carbonate_fraction, kind_of, scene_from_products
 from crism_mlops.scenes.store import Store, map_arrays, read_facts, write_arrays

@@ -13,7 +13,8 @@ from crism_mlops.errors import ProductError, SceneError
 from crism_mlops.products.geometry import centre_degrees, footprint
 from crism_mlops.products.mtrdr import Product
 from crism_mlops.products.regions import region_of
-from crism_mlops.scenes.bands import BAND_NAMES, band_image, load_filters
+from crism_mlops.scenes.bands import band_image
+from crism_mlops.scenes.filters import BAND_NAMES, load_filters
 from crism_mlops.scenes.store import content_digest
 from crism_mlops.scenes.targets import (
     CARBONATE_PARAMETERS,

@@ -29,7 +29,8 @@ from crism_mlops.products.geotiff import BandImage, read_geotiff, write_geotiff
 from crism_mlops.products.mtrdr import Product
 from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.regions import UNKNOWN_REGION, region_of
-from crism_mlops.scenes.bands import IF_RANGE, band_image, load_filters
+from crism_mlops.scenes.bands import IF_RANGE, band_image
+from crism_mlops.scenes.filters import load_filters
 from crism_mlops.scenes.quicklook import NO_DATA, stretched, write_figure
 from crism_mlops.scenes.scene import Scene, scene_from_products
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
