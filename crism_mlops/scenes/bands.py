@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +14,8 @@ from crism_mlops.scenes.filters import FILTERS, Filter, filter_weights
 
 # Physical range of I/F: real cubes hold outliers to -1640, and nothing on Mars reflects more.
 IF_RANGE = (-0.02, 1.2)
-
-
-# Enough pixels at once that the calls on them cost little, few enough to stay in the cache.
-_CACHED_BYTES = 4 << 20
-_WORKERS = 2
-_HIGH = np.float32(IF_RANGE[1]).view(np.uint32)
-_NEGATIVE = np.uint32(1 << 31)
+# Pixels worked on at once: so many that the calls cost little, so few that they stay in the cache.
+_PIXELS = 1 << 18
 
 
 def band_image(product: Product, filters: tuple[Filter, ...] = FILTERS) -> NDArray[np.float32]:
@@ -30,30 +23,30 @@ def band_image(product: Product, filters: tuple[Filter, ...] = FILTERS) -> NDArr
 
     Channels outside `IF_RANGE` are left out of a pixel's mean and the weights renormalised; a
     pixel that lacks more than half of a filter's weight is NaN. Only the channels that a filter
-    sees are read, in the order on disk, so memory does not grow with their number.
-    Raises SceneError where the cube lists no wavelengths or a filter sees no channel, ProductError
-    where it cannot be read.
+    sees are read, in the order on disk, and memory does not grow with their number. In memory one
+    band lies after the other. Raises SceneError where the cube lists no wavelengths or a filter sees
+    no channel, ProductError where it cannot be read.
     """
     if product.wavelengths_nm is None:
         raise SceneError(f"{product.path.name}: its header lists no wavelengths, so no filter can be applied")
     weights = np.stack([filter_weights(f, product.wavelengths_nm) for f in filters]).astype(np.float32)
     bands = [int(band) for band in np.flatnonzero(weights.any(axis=0))]
     means = _Means(product, bands, weights[:, bands])
-    with closing(pieces(product, bands)) as stream, ThreadPoolExecutor(_WORKERS, "crism-bands") as pool:
+    with closing(pieces(product, bands)) as stream:
         for piece in stream:
-            for _ in pool.map(partial(means.add, piece), range(_WORKERS)):
-                pass
+            means.add(piece)
     height, width, _ = product.shape
     return np.moveaxis(means.sums.reshape(-1, height, width), 0, -1)
 
 
 class _Means:
-    """Running weighted sums of a cube's pixels, one for each filter.
+    """Running weighted sums of a cube's pixels, one for each filter; channels must come in order.
 
-    sums: F x pixels float32, the means once a filter's last channel is in; empty: pixels without any
-    data so far, whose sums hold anything; ragged: pixels that lack some channels; lacking: F x pixels
-    float32, the weight that these pixels lack. Memory that is touched for the first time costs as
-    much as the arithmetic on it: so `lacking` is written for ragged pixels only.
+    sums: F x pixels float32, which become means once a filter's last channel is in; filled: pixels
+    that had data in some channel so far, the others' sums hold anything; ragged: filled pixels that
+    lack some channel; lacking: F x pixels float32, the weight that these lack. Nearly all pixels have
+    data in every channel or in none: what concerns the others is done for them alone, and `lacking`
+    takes no memory where it is not written.
     """
 
     def __init__(self, product: Product, bands: list[int], weights: NDArray[np.float32]) -> None:
@@ -61,70 +54,62 @@ class _Means:
         self.product, self.bands, self.weights = product, bands, weights
         self.sums = np.empty((len(weights), pixels), dtype=np.float32)
         self.lacking = np.zeros_like(self.sums)
-        self.empty = np.ones(pixels, dtype=np.bool_)
+        self.filled = np.zeros(pixels, dtype=np.bool_)
         self.ragged = np.zeros(pixels, dtype=np.bool_)
-        self.scratch = [np.empty((0, 0), dtype=np.float32)] * _WORKERS
         seen = [np.flatnonzero(row) for row in weights]
         self.first, self.last = np.array([(s[0], s[-1]) for s in seen]).T
         # Then all samples that mean "no data" lie outside IF_RANGE, as outliers do.
         within = product.nodata is not None and IF_RANGE[0] < np.float32(product.nodata) < IF_RANGE[1]
         self.as_on_disk = product.dtype == np.float32 and product.dtype.isnative and not (within or product.scaling)
+        # Used again and again, as memory touched for the first time costs more than the work on it.
+        step = max(_PIXELS, product.shape[1])
+        self.room = np.empty(step, np.float32), np.empty(step, np.bool_), np.empty(step, np.bool_)
 
-    def add(self, piece: Piece, worker: int) -> None:
-        """Take in one worker's share of a piece, in parts that stay in a processor's cache."""
+    def add(self, piece: Piece) -> None:
+        """Take in a piece; its samples may be changed."""
         lines, width, channels = piece.raw.shape
-        step = max(1, _CACHED_BYTES // (4 * width * channels))
-        if self.scratch[worker].shape[1] < step * width:
-            self.scratch[worker] = np.empty((len(self.weights) + 2, step * width), dtype=np.float32)
-        for row in range(worker * step, lines, _WORKERS * step):
-            spectra = piece.raw[row : row + step]
-            if not self.as_on_disk:
-                spectra = self.product.physical(spectra, self.bands[piece.bands])
-            samples = np.moveaxis(spectra, -1, 0).reshape(channels, -1)
-            start, count = (piece.rows.start + row) * width, samples.shape[1]
-            with np.errstate(all="ignore"):
-                self._add(samples, piece.bands, slice(start, start + count), self.scratch[worker][:, :count])
+        step = max(1, _PIXELS // width)
+        with np.errstate(all="ignore"):
+            for row in range(0, lines, step):
+                spectra = piece.raw[row : row + step]
+                if not self.as_on_disk:
+                    spectra = self.product.physical(spectra, self.bands[piece.bands])
+                planes = np.moveaxis(spectra, -1, 0).reshape(channels, -1)
+                start = (piece.rows.start + row) * width
+                for band, samples in enumerate(planes, start=piece.bands.start):
+                    self._add(samples, band, slice(start, start + samples.size))
 
-    def _add(self, samples: NDArray[np.float32], bands: slice, here: slice, scratch: NDArray[np.float32]) -> None:
-        """Take in samples, channels x pixels: the channels `bands` of the pixels `here`."""
-        sums, lacking, empty, ragged = self.sums[:, here], self.lacking[:, here], self.empty[here], self.ragged[here]
-        highest, lowest = scratch[:2].view(np.uint32)
-        # As whole numbers the floats from 0 to the upper limit are the smallest; above them come
-        # larger ones, NaN and all below 0. So two passes find the pixels that need a closer look.
-        bits = samples.view(np.uint32)
-        odd = gone = bits.max(axis=0, out=highest) >= _HIGH
-        if odd.any():
-            gone = bits.min(axis=0, out=lowest) >= _HIGH
-            if highest.max() >= _NEGATIVE:
-                gone &= highest < _NEGATIVE
-        if bands.start == 0:
-            empty[:] = gone
-        elif (begin := empty > gone).any():
-            # They have data at last.
-            late = np.flatnonzero(begin)
-            empty[late], ragged[late] = False, True
-            open_ = np.flatnonzero(self.last >= bands.start)
-            sums[np.ix_(open_, late)] = 0.0
-            lacking[np.ix_(open_, late)] = self.weights[open_, : bands.start].sum(axis=1)[:, None]
-
-        seen = np.flatnonzero(self.weights[:, bands].any(axis=1))
-        kernel = self.weights[seen, bands]
-        # Not a matrix product: BLAS would start threads of its own for each of many small ones.
-        parts = np.einsum("fb,bn->fn", kernel, samples, out=scratch[2 : 2 + seen.size])
-        if (ragged_now := odd > empty).any():
-            some = np.flatnonzero(ragged_now)
-            few = samples[:, some]
-            good = (few > IF_RANGE[0]) & (few < IF_RANGE[1])
-            parts[:, some] = np.einsum("fb,bn->fn", kernel, np.where(good, few, np.float32(0.0)))
-            lacking[np.ix_(seen, some)] += np.einsum("fb,bn->fn", kernel, (~good).astype(np.float32))
-            ragged[some] = True
-        for f, part in zip(seen, parts, strict=True):
-            if self.first[f] >= bands.start:
-                sums[f] = part
+    def _add(self, samples: NDArray[np.float32], band: int, here: slice) -> None:
+        """Take in one channel of some pixels."""
+        product, good, other = (array[: samples.size] for array in self.room)
+        filled, lacking = self.filled[here], self.lacking[:, here]
+        seen = np.flatnonzero(self.weights[:, band])
+        np.greater(samples, IF_RANGE[0], out=good)
+        np.logical_and(good, np.less(samples, IF_RANGE[1], out=other), out=good)
+        if band == 0:
+            filled[:] = good
+        elif np.not_equal(good, filled, out=other).any():
+            self._fill(np.flatnonzero(good > filled), band, here)
+            lost = np.flatnonzero(filled > good)
+            samples[lost] = 0.0
+            lacking[np.ix_(seen, lost)] += self.weights[seen, band][:, None]
+            self.ragged[here][lost] = True
+        for f in seen:
+            sums, weight = self.sums[f, here], self.weights[f, band]
+            if self.first[f] == band:
+                np.multiply(samples, weight, out=sums)
             else:
-                sums[f] += part
-            if self.last[f] < bands.stop:
-                sums[f, empty] = np.nan
-                rest = np.flatnonzero(ragged)
-                share = np.float32(1.0) - lacking[f, rest]
-                sums[f, rest] = np.where(share > 0.5, sums[f, rest] / share, np.float32(np.nan))
+                sums += np.multiply(samples, weight, out=product)
+            if self.last[f] == band:
+                sums[np.logical_not(filled, out=other)] = np.nan
+                ragged = np.flatnonzero(self.ragged[here])
+                share = np.float32(1.0) - lacking[f, ragged]
+                sums[ragged] = np.where(share > 0.5, sums[ragged] / share, np.float32(np.nan))
+
+    def _fill(self, found: NDArray[np.intp], band: int, here: slice) -> None:
+        """Pixels that have data for the first time, after channels in which they had none."""
+        self.filled[here][found] = True
+        self.ragged[here][found] = True
+        for f in np.flatnonzero(self.last >= band):
+            self.sums[f, here][found] = 0.0
+            self.lacking[f, here][found] = self.weights[f, :band].sum()
