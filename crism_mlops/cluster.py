@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar
 
 from crism_mlops.errors import ClusterError
@@ -40,10 +42,7 @@ def run(task: Callable[[Item], Result], items: Sequence[Item], where: Where = HE
     if where.ray is not None:
         return _on_ray(task, items, where.ray)
     workers = min(where.workers or cores(), len(items))
-    # Another process cannot begin where a script comes from standard input.
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    alone = workers <= 1 or (script is not None and not os.path.exists(script))
-    return _here(task, items) if alone else _in_processes(task, items, workers)
+    return _here(task, items) if workers <= 1 else _in_processes(task, items, workers)
 
 
 def cores() -> int:
@@ -64,18 +63,33 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
     # Fresh interpreters: a fork would copy torch's threads in whatever state they are.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
     try:
-        futures = {pool.submit(task, item): index for index, item in enumerate(items)}
+        with _without_main():
+            futures = {pool.submit(task, item): index for index, item in enumerate(items)}
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
     except BrokenProcessPool as error:
         raise ClusterError(
-            f"one of {workers} worker processes died (killed, or out of memory; in a script, what starts them must "
-            "stand below `if __name__ == '__main__':`); run the same command again, what is done is kept; with one "
-            "worker it needs the least memory"
+            f"one of {workers} worker processes died (killed, or out of memory); run the same command again, what "
+            "is done is kept; with one worker it needs the least memory"
         ) from error
     finally:
         # After Ctrl-C or an error nothing new begins; what runs is finished first.
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start meanwhile do not run the caller's script again.
+
+    A fresh interpreter imports the parent's main module, for functions that are defined there. Tasks
+    never are; and a script without `if __name__ == "__main__":` would begin its work a second time.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _alone() -> None:

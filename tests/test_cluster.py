@@ -88,3 +88,22 @@ def test_ctrl_c_ends_the_others(tmp_path: Path) -> None:
         rest, _ = process.communicate(timeout=60)
     assert rest.splitlines()[-1] == b"interrupted"
     assert len(rest.splitlines()) < 50
+
+
+BARE = """
+from pathlib import Path
+from crism_mlops.products.simulate import Simulation, write_simulation
+
+print("the script runs", flush=True)
+print(len(list(write_simulation(Simulation(20, 64, 3), Path("out")).iterdir())), flush=True)
+"""
+
+
+@pytest.mark.parametrize("standard_input", [False, True])
+def test_a_script_needs_no_guard(tmp_path: Path, standard_input: bool) -> None:
+    (tmp_path / "script.py").write_text(BARE)
+    command = [sys.executable, *([] if standard_input else ["script.py"])]
+    ran = subprocess.run(
+        command, cwd=tmp_path, input=BARE if standard_input else None, capture_output=True, text=True, timeout=100
+    )
+    assert ran.stdout.split("\n") == ["the script runs", "20", ""], ran.stderr
