@@ -93,8 +93,19 @@ def _without_main() -> Iterator[None]:
 
 
 def _alone() -> None:
-    """In each worker: one thread for arithmetic, as there is a process a core; Ctrl-C is the parent's."""
+    """In each worker: one thread for arithmetic, as there is a process a core; Ctrl-C is the parent's,
+    and where the parent is killed the worker ends: it would wait for work for ever."""
     import signal
+    from multiprocessing import parent_process
+    from multiprocessing.process import BaseProcess
+    from threading import Thread
+
+    def end_with(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    if (parent := parent_process()) is not None:
+        Thread(target=end_with, args=(parent,), daemon=True).start()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,25 @@ def test_ctrl_c_ends_the_others(tmp_path: Path) -> None:
         rest, _ = process.communicate(timeout=60)
     assert rest.splitlines()[-1] == b"interrupted"
     assert len(rest.splitlines()) < 50
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="asks /proc which processes are there")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "tests_tasks.py").write_text(
+        "import os, time\n\ndef slow(item):\n    open(f'{os.getpid()}.pid', 'w').close()\n    time.sleep(0.2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"done")
+        process.kill()
+    workers = [Path("/proc", path.stem) for path in tmp_path.glob("*.pid")]
+    assert workers
+    deadline = time.monotonic() + 20.0
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [worker for worker in workers if worker.exists()]
 
 
 BARE = """

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def scene_name(digests: Digests, config: DataConfig) -> str:
     """A scene's name in the store: a digest of the products and of all that is done with them."""
     key = digest_of(
         {
-            "builder": BUILDER_VERSION,
+            "builder": [BUILDER_VERSION, version("hypyrameter")],
             "observation": digests.observation_id,
             "products": {kind: digests.products[kind] for kind in SCENE_KINDS if kind in digests.products},
             "filters": filters_digest(load_filters(config.filters)),
