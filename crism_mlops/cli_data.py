@@ -138,8 +138,12 @@ def build(
             _require_room(found, Path(tasks[0].root))
     elif region or bbox or ids or limit:
         raise ConfigError("--region, --bbox, --id and --limit say what to fetch; add --fetch")
-    with bars() as say:
-        report = build_data_sets(sweep, say, Where(workers, ray), tasks, drop=drop)
+    try:
+        with bars() as say:
+            report = build_data_sets(sweep, say, Where(workers, ray), tasks, drop=drop)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise
     if as_json:
         print_json(report.as_json())
         return

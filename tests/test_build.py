@@ -144,6 +144,12 @@ def test_labels_win_and_unknown_is_never_barren(archive: Path, caplog: pytest.Lo
     assert "labels.csv: no scene for frt0000ffff" in caplog.text
 
 
+def test_filters_that_cannot_be_read_are_said_once(archive: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(SceneError, match=r"nowhere\.txt: filter responses"):
+        load_scenes(configuration(archive, filters="nowhere.txt"))
+    assert not caplog.records
+
+
 # --- digests, receipts, dropped images
 
 

@@ -87,7 +87,7 @@ def build_data_sets(
         scenes = load_scenes(data, lambda done, total: say("scenes", done, total))
     else:
         if tasks is None:
-            root = scenes_root(data)
+            root = scenes_root(data, lambda done, total: say("simulated observations", done, total))
             tasks = [SceneTask(folder, root, data, drop=drop) for folder in observation_folders(root)]
         built = build_scenes(tasks, lambda done, total: say("scenes", done, total), where)
         scenes = load_built(built, data)

@@ -109,6 +109,7 @@ def build_scenes(
     if not tasks:
         return []
     config = tasks[0].config
+    load_filters(config.filters)  # Said once here, not once for each scene.
     memory = Path(config.cache).expanduser()
     names = open_store(config).names("scenes")
     built: dict[int, BuiltScene] = {}

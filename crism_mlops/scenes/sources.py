@@ -39,8 +39,9 @@ def load_scenes(config: DataConfig, on_scene: Progress | None = None, where: Whe
     return load_built(build_scenes(tasks, on_scene, where), config)
 
 
-def scenes_root(config: DataConfig) -> Path:
-    """The folder that a data section's scenes come from; simulated observations are written first.
+def scenes_root(config: DataConfig, on_scene: Progress | None = None) -> Path:
+    """The folder that a data section's scenes come from; simulated observations are written first,
+    and `on_scene(done, total)` is told of each.
 
     Raises SceneError if it is not there.
     """
@@ -49,7 +50,7 @@ def scenes_root(config: DataConfig) -> Path:
     from crism_mlops.products.simulate import Simulation, write_simulation
 
     simulation = Simulation(config.simulated.scenes, config.simulated.size, config.simulated.seed)
-    return write_simulation(simulation, Path(config.cache).expanduser())
+    return write_simulation(simulation, Path(config.cache).expanduser(), on_scene)
 
 
 def require_source(config: DataConfig) -> None:
