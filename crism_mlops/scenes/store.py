@@ -134,11 +134,6 @@ class Store:
                     partial.replace(local)
         return local
 
-    def forget(self, name: str) -> None:
-        """Remove this machine's copy of a file that lies elsewhere; a folder's own files stay."""
-        if not self.is_local:
-            (self.folder / name).unlink(missing_ok=True)
-
     def need(self, size: int) -> None:
         """Raises StoreError where the disk has no room for `size` bytes more, and a reserve."""
         self.folder.mkdir(parents=True, exist_ok=True)
