@@ -7,6 +7,7 @@ other and memory does not grow with the cube.
 from __future__ import annotations
 
 from collections import deque
+import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
