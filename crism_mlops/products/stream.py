@@ -6,8 +6,8 @@ other and memory does not grow with the cube.
 
 from __future__ import annotations
 
-from collections import deque
 import os
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,6 +24,7 @@ from crism_mlops.products.mtrdr import Product
 # Few megabytes suffice to keep a disk busy; more fall out of the processor's cache, and memory that
 # was never touched before is slow.
 PIECE_BYTES = 8 << 20
+# Pieces that the reader may be ahead of the caller: a disk does not deliver evenly.
 AHEAD = 3
 
 
@@ -72,6 +73,9 @@ def pieces(
         memory = [np.empty(largest, np.uint8) for _ in plan[: AHEAD + 1]]
         # Opened without a buffer: each read goes straight into a piece's memory.
         with FileIO(product.path) as file, ThreadPoolExecutor(1, "crism-read") as reader:
+            if hasattr(os, "posix_fadvise"):
+                # The kernel reads further ahead, also while the reader waits for the caller.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
             def read(index: int) -> NDArray[Any]:
                 rows, part = plan[index]
