@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("mars")
+    # Servers of one process share what they hold: each test has a bucket of its own.
+    name = f"mars-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem().mkdir(name)
     try:
-        yield "s3://mars/crism"
+        yield f"s3://{name}/crism"
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         server.stop()
@@ -137,7 +140,7 @@ def test_a_store_on_s3(bucket: str, archive: Path) -> None:
     sweep = sweep_of(archive, store=bucket, cache="one")
     first = build_data_sets(sweep, silent, Where(workers=2))
     assert first.made == 12
-    remote = s3fs.S3FileSystem().find("mars/crism")
+    remote = s3fs.S3FileSystem().find(bucket.removeprefix("s3://"))
     assert len([name for name in remote if "/scenes/" in name]) == 12
     assert len([name for name in remote if "/datasets/" in name]) == 1
     assert not [name for name in remote if ".partial" in name or ".lock" in name]
