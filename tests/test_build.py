@@ -215,6 +215,27 @@ def test_a_folder_that_refuses_keeps_its_images(archive: Path, tmp_path: Path) -
     assert drop_images(folder, digests) == freed > 0
 
 
+def test_only_the_images_of_the_receipt_are_dropped(archive: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "frt"
+    shutil.copytree(observation_folders(archive)[0], folder)
+    (folder / "mine.img").write_text("mine")
+    (folder / "link.img").symlink_to(tmp_path / "elsewhere")
+    digests = observation_digests(folder, tmp_path, SCENE_KINDS, tmp_path / "memory")
+    drop_images(folder, digests)
+    assert {path.name for path in folder.glob("*.img")} == {"mine.img", "link.img"}
+    assert known_digests(folder, tmp_path / "other") == digests
+
+
+def test_a_store_that_fails_ends_the_build(archive: Path) -> None:
+    config = configuration(archive)
+    names = [one.name for one in build_scenes(tasks(config))]
+    blocked = Path("blocked") / str(names[0])
+    blocked.parent.parent.mkdir(parents=True)
+    blocked.parent.write_text("a file where a folder should be")
+    with pytest.raises(StoreError, match="cannot write"):
+        build_scenes(tasks(configuration(archive, store="blocked")))
+
+
 # --- data sets
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 from crism_mlops.errors import ProductError
+from crism_mlops.products.mtrdr import parse_name
 from crism_mlops.products.observations import RECEIPT, open_observation
 
 _SUFFIXES = (".img", ".hdr", ".lbl", ".txt")
@@ -35,8 +36,10 @@ def known_digests(folder: Path, memory: Path) -> Digests | None:
     """
     try:
         files = _files(folder)
-        if not any(path.suffix.lower() == ".img" for path in files) and (folder / RECEIPT).is_file():
-            return _read(folder / RECEIPT)
+        if (folder / RECEIPT).is_file():
+            receipt = _read(folder / RECEIPT)
+            if not product_images(folder, receipt.products):
+                return receipt
         return _read(_memory(folder, files, memory))
     except FileNotFoundError:
         return None
@@ -90,21 +93,30 @@ def keep_receipt(folder: Path, digests: Digests) -> None:
 
 
 def drop_images(folder: Path, digests: Digests) -> int:
-    """Remove an observation's images, after a receipt of their digests; returns the bytes freed.
+    """Remove the images that digests are of, after a receipt of them; returns the bytes freed.
 
-    Headers and labels stay: the folder is still an observation's. Raises ProductError if the
+    No other file is touched. Headers and labels stay: the folder is still an observation's. Raises ProductError if the
     folder refuses.
     """
     freed = 0
     try:
         _write(folder / RECEIPT, digests)
-        for path in _files(folder):
-            if path.suffix.lower() == ".img":
-                freed += path.stat().st_size
-                path.unlink()
+        for path in product_images(folder, digests.products):
+            freed += path.stat().st_size
+            path.unlink()
     except OSError as error:
         raise ProductError(f"{folder}: images cannot be dropped ({error.strerror or error})") from error
     return freed
+
+
+def product_images(folder: Path, kinds: Collection[str]) -> list[Path]:
+    """The images in a folder that are CRISM products of some kinds; links are not followed."""
+    found = []
+    for path in _files(folder):
+        name = parse_name(path)
+        if path.suffix.lower() == ".img" and name is not None and name.kind in kinds and not path.is_symlink():
+            found.append(path)
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from crism_mlops.cluster import Where, run
 from crism_mlops.config import DataConfig, digest_of
-from crism_mlops.errors import CrismError, SceneError
+from crism_mlops.errors import CrismError, SceneError, StoreError
 from crism_mlops.products.digests import (
     Digests,
     drop_images,
     keep_receipt,
     known_digests,
     observation_digests,
+    product_images,
     remember,
 )
 from crism_mlops.products.observations import RECEIPT, open_observation
@@ -150,7 +151,7 @@ def build_scene(task: SceneTask) -> BuiltScene:
         def write(path: Path) -> None:
             nonlocal made
             made = True
-            if (folder / RECEIPT).is_file() and not _images(folder):
+            if (folder / RECEIPT).is_file() and not product_images(folder, SCENE_KINDS):
                 raise SceneError(
                     "its images were dropped after an earlier build and the store has no scene made this way; fetch it "
                     f"again with: crism-mlops data download --id {digests.observation_id}"
@@ -160,6 +161,9 @@ def build_scene(task: SceneTask) -> BuiltScene:
         open_store(config).put(name, write)
         if task.drop:
             drop_images(folder, digests)
+    except StoreError:
+        # Not this observation's fault: leaving it out would make another data set of it.
+        raise
     except CrismError as error:
         name, problem = None, str(error)
     return BuiltScene(folder, digests, name, problem, made, time.perf_counter() - begun)
@@ -247,13 +251,9 @@ def _known(task: SceneTask, memory: Path, names: set[str]) -> BuiltScene | None:
         # Said when the task is run.
         return None
     # With images to drop there is something left to do.
-    if name not in names or (task.drop and _images(task.folder)):
+    if name not in names or (task.drop and product_images(task.folder, SCENE_KINDS)):
         return None
     return BuiltScene(task.folder, digests, name, None, made=False, seconds=0.0)
-
-
-def _images(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix.lower() == ".img"]
 
 
 def _bytes(folder: Path) -> int:

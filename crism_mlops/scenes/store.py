@@ -177,9 +177,17 @@ class Store:
 def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> None:
     """Arrays and facts (text by text) as one safetensors file."""
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, str(path), metadata=facts)
+    try:
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, str(path), metadata=facts)
+    except SafetensorError as error:
+        # A full disk, in safetensors' words.
+        raise StoreError(
+            f"{path.parent}: cannot be written ({one_line(error)}); free space or set data.store to another disk, then "
+            "run the same command again: what is built is kept"
+        ) from error
 
 
 def read_facts(path: Path) -> dict[str, str]:
