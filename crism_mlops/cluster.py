@@ -58,7 +58,7 @@ def _here(task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tup
 def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
+    from multiprocessing import active_children, get_context
 
     # Fresh interpreters: a fork would copy torch's threads in whatever state they are.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
@@ -73,8 +73,13 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
             "is done is kept; with one worker it needs the least memory"
         ) from error
     finally:
-        # After Ctrl-C or an error nothing new begins; what runs is finished first.
-        pool.shutdown(wait=True, cancel_futures=True)
+        # After Ctrl-C or an error what runs is finished first; a second Ctrl-C ends that as well.
+        try:
+            pool.shutdown(wait=True, cancel_futures=True)
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 @contextmanager

@@ -94,8 +94,10 @@ def build_samples(
             tasks.append(SampleTask(source, scene if source is None else None, name, data, transform, seed))
     done = len(scenes) - len(tasks)
     needed = len(tasks) * samples_bytes(data)
-    store.need(needed)
-    for _ in run(render, tasks, where or (HERE if needed < _SMALL_BYTES else Where())):
+    if tasks:
+        store.need(needed)
+    where = where or Where()
+    for _ in run(render, tasks, HERE if where == Where() and needed < _SMALL_BYTES else where):
         done += 1
         if on_scene is not None:
             on_scene(done, len(scenes))

@@ -38,7 +38,8 @@ def known_digests(folder: Path, memory: Path) -> Digests | None:
         files = _files(folder)
         if (folder / RECEIPT).is_file():
             receipt = _read(folder / RECEIPT)
-            if not product_images(folder, receipt.products):
+            # One image fewer is enough: dropping them may have been cut short.
+            if len(product_images(folder, receipt.products)) < len(receipt.products):
                 return receipt
         return _read(_memory(folder, files, memory))
     except FileNotFoundError:
@@ -64,6 +65,8 @@ def observation_digests(folder: Path, root: Path, kinds: Sequence[str], memory: 
     products = open_observation(folder, root, kinds)
     try:
         files = _files(folder)
+        # Before the bytes are read: a file that changes meanwhile must not be known by its old digest.
+        place = _memory(folder, files, memory)
         digests = {}
         for kind in sorted(products):
             stem = products[kind].path.name.split(".")[0].lower()
@@ -76,15 +79,10 @@ def observation_digests(folder: Path, root: Path, kinds: Sequence[str], memory: 
         if not products:
             raise ProductError(f"{folder}: holds none of the kinds {', '.join(kinds)}; download them")
         found = Digests(next(iter(products.values())).observation_id, digests)
-        remember(folder, found, memory)
+        _write(place, found)
     except OSError as error:
         raise ProductError(f"{folder}: cannot be read for its digest ({error.strerror or error})") from error
     return found
-
-
-def remember(folder: Path, digests: Digests, memory: Path) -> None:
-    """Keep a folder's digests, so that its cubes need not be read for them again."""
-    _write(_memory(folder, _files(folder), memory), digests)
 
 
 def keep_receipt(folder: Path, digests: Digests) -> None:
@@ -128,7 +126,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _memory(folder: Path, files: Sequence[Path], memory: Path) -> Path:
-    stamps = [(f.name, s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in (f.stat(),)]
+    stamps = [(f.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for f in files for s in (f.stat(),)]
     text = json.dumps([str(folder.resolve()), stamps])
     return memory / "digests" / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.json"
 

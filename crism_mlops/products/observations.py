@@ -40,7 +40,7 @@ def observation_folders(root: Path) -> list[Path]:
         raise ProductError(f"{root}: cannot be read; check its permissions")
     own = {folder.resolve() for folder in found}
     found += [link for link in links if link.resolve() not in own and _holds_products(link)]
-    found = sorted({*found, *unreadable}, key=lambda p: p.name.lower())
+    found = sorted({*found, *unreadable}, key=lambda p: (p.name.lower(), str(p)))
     if not found:
         raise ProductError(
             f"{root}: holds no CRISM product; expected files such as frt0000643d_07_if164j_mtr3.hdr with its .img"

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.cluster import Where, run
+from crism_mlops.cluster import HERE, Where, run
 from crism_mlops.config import DataConfig, digest_of
 from crism_mlops.errors import CrismError, SceneError, StoreError
 from crism_mlops.products.digests import (
@@ -22,7 +22,6 @@ from crism_mlops.products.digests import (
     known_digests,
     observation_digests,
     product_images,
-    remember,
 )
 from crism_mlops.products.observations import RECEIPT, open_observation
 from crism_mlops.products.regions import region_of
@@ -121,15 +120,14 @@ def build_scenes(
     total, said = len(tasks), len(built)
     if on_scene is not None and said:
         on_scene(said, total)
-    where = where or Where(workers=1 if sum(_bytes(tasks[i].folder) for i in missing) < _SMALL_BYTES else None)
+    where = where or Where()
+    if where == Where() and sum(_bytes(tasks[i].folder) for i in missing) < _SMALL_BYTES:
+        where = HERE
     for position, result in run(build_scene, [tasks[i] for i in missing], where):
         built[missing[position]] = result
         said += 1
-        if result.digests is not None:
-            if result.folder.is_dir():
-                remember(result.folder, result.digests, memory)
-            elif result.name is not None:
-                keep_receipt(result.folder, result.digests)  # Fetched and dropped by another machine.
+        if result.digests is not None and result.name is not None and not result.folder.is_dir():
+            keep_receipt(result.folder, result.digests)  # Fetched and dropped by another machine.
         if on_scene is not None:
             on_scene(said, total)
     return [built[index] for index in range(total)]
