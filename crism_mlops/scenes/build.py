@@ -121,7 +121,8 @@ def build_scenes(
     if on_scene is not None and said:
         on_scene(said, total)
     where = where or Where()
-    if where == Where() and sum(_bytes(tasks[i].folder) for i in missing) < _SMALL_BYTES:
+    fetching = any(tasks[i].found is not None for i in missing)
+    if where == Where() and not fetching and sum(_bytes(tasks[i].folder) for i in missing) < _SMALL_BYTES:
         where = HERE
     for position, result in run(build_scene, [tasks[i] for i in missing], where):
         built[missing[position]] = result
@@ -163,7 +164,7 @@ def build_scene(task: SceneTask) -> BuiltScene:
         # Not this observation's fault: leaving it out would make another data set of it.
         raise
     except CrismError as error:
-        name, problem = None, str(error)
+        name, problem, made = None, str(error), False
     return BuiltScene(folder, digests, name, problem, made, time.perf_counter() - begun)
 
 
