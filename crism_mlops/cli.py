@@ -96,6 +96,9 @@ def sweep(
     overrides += [f"trials={trials}"] if trials is not None else []
     overrides += [f"study={new_study}"] if new_study is not None else []
     config = load_sweep(file, tuple(overrides))
+    from crism_mlops.dataset.build import check_data
+
+    check_data(config.data)
     if dry_run:
         _print_dry_run(config)
         return
@@ -322,10 +325,10 @@ def predict(
     from crism_mlops.studies.predict import check_output, predict_scene, write_prediction
 
     picture = output.with_suffix(".png") if png else None
-    check_output(output, picture, force)
+    check_output(output, picture, scene, force)
     names = None if bands is None else tuple(name.strip() for name in bands.split(","))
     made = predict_scene(_checkpoint_folder(checkpoint, tracking_uri), scene, device, names)
-    write_prediction(made, output, force=force, picture=picture)
+    write_prediction(made, output, picture)
     height, width = made.source.scene.valid.shape
     shown = ", ".join(f"{name} ({unit})" for name, unit in zip(made.names, made.units, strict=True))
     where = "in map projection" if made.source.grid else "a plain TIFF: nobody knows where its pixels lie"

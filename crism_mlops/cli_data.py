@@ -41,14 +41,16 @@ def inspect_(
     if as_json:
         print_json({"path": str(path), "observations": rows})
         return
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{path}: {len(rows)} observations", title_justify="left")
+    counted = f"{len(rows)} observation{'s' * (len(rows) != 1)}"
+    table = Table(title=f"{escape(str(path))}: {counted}", title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*("" if row.get(c) is None else str(row[c]) for c in columns))
+        table.add_row(*("" if row.get(c) is None else escape(str(row[c])) for c in columns))
     console(160).print(table)
 
 
@@ -127,7 +129,7 @@ def build(
     from crism_mlops.errors import ConfigError
 
     sweep = load_sweep(file, tuple(set_ or []))
-    tasks = None
+    tasks = []
     if fetch:
         servers = _service(service, allow_host)
         found = _found(region, bbox, ids, servers, limit)
@@ -189,6 +191,7 @@ def search_(
         print_json({"observations": rows, "bytes": sum(every), "download_bytes": sum(wanted)})
         return
     from rich.filesize import decimal
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{len(found)} observations", title_justify="left")
@@ -199,7 +202,8 @@ def search_(
         place = ("" if v is None else f"{v:.3f}" for v in (first.longitude_deg, first.latitude_deg))
         kinds = ", ".join(sorted({product.kind or "?" for product in one.products}))
         start = (first.start_utc or "")[:19]
-        table.add_row(one.observation_id, *place, start, kinds, decimal(some), decimal(all_))
+        words = (escape(word) for word in (one.observation_id, *place, start, kinds))
+        table.add_row(*words, decimal(some), decimal(all_))
     console(140).print(table)
     typer.echo(f"{decimal(sum(wanted))} to download, {decimal(sum(every))} in all")
 
@@ -303,17 +307,22 @@ def audit_(
     """
     from crism_mlops.config import load_sweep
     from crism_mlops.dataset.audit import audit, require_clean
+    from crism_mlops.dataset.build import check_data
     from crism_mlops.dataset.manifest import build_manifest
     from crism_mlops.scenes.sources import load_scenes
+    from crism_mlops.studies.study import input_manifests
 
     sweep = load_sweep(file, tuple(set_ or []))
+    check_data(sweep.data)
     with bars() as say:
         scenes = load_scenes(sweep.data, lambda done, total: say("scenes", done, total))
         manifest = build_manifest(scenes, sweep.data, sweep.split)
-        report = audit(manifest, sweep.audit, lambda done, total: say("audit", done, total))
+        others = list(input_manifests(sweep, scenes, manifest).values())
+        report = audit(manifest, sweep.audit, lambda done, total: say("audit", done, total), others)
     if as_json:
         print_json({"data_digest": manifest.digest, **report.as_json()})
     else:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"data set {manifest.digest}: {len(report.leaks)} leaks", title_justify="left")
@@ -322,7 +331,7 @@ def audit_(
             table.add_column(name, overflow="fold")
         for row in report.rows():
             colour = colours[row["verdict"]]
-            table.add_row(row["check"], f"[{colour}]{row['verdict']}[/]", row["finding"])
+            table.add_row(row["check"], f"[{colour}]{row['verdict']}[/]", escape(row["finding"]))
         console(140).print(table)
     logging.getLogger("crism_mlops.dataset.audit").setLevel(logging.ERROR)  # The table says it already.
     require_clean(report, sweep.audit)

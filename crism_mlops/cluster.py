@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -56,17 +57,24 @@ def _here(task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tup
 
 
 def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[tuple[int, Result]]:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import active_children, get_context
 
     # Fresh interpreters: a fork would copy torch's threads in whatever state they are.
+    running: dict[Future[Result], int] = {}
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone)
     try:
-        with _without_main():
-            futures = {pool.submit(task, item): index for index, item in enumerate(items)}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
+        waiting = iter(enumerate(items))
+        while True:
+            # No more than there are workers: what the pool holds already cannot be called back.
+            for index, item in islice(waiting, workers - len(running)):
+                with _without_main():
+                    running[pool.submit(task, item)] = index
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
     except BrokenProcessPool as error:
         raise ClusterError(
             f"one of {workers} worker processes died (killed, or out of memory); run the same command again, what "
@@ -74,6 +82,8 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
         ) from error
     finally:
         # After Ctrl-C or an error what runs is finished first; a second Ctrl-C ends that as well.
+        if running:
+            log.warning("finishing what %d processes are at; Ctrl-C again ends them at once", len(running))
         try:
             pool.shutdown(wait=True, cancel_futures=True)
         except KeyboardInterrupt:

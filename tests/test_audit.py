@@ -352,7 +352,14 @@ def test_altered_transform(clean: Manifest) -> None:
 
 def test_nothing_fitted(clean: Manifest) -> None:
     plain = replace(clean, transform=fit_transform(clean.of("train"), "pnr", "physical"))
-    assert findings(plain)["statistics"].message == "the pnr transform has nothing that is fitted"
+    assert findings(plain)["statistics"].message == "no variant has anything that is fitted"
+
+
+def test_every_variant_s_statistics_are_looked_at(clean: Manifest) -> None:
+    plain = replace(clean, transform=fit_transform(clean.of("train"), "pnr", "physical"))
+    leaky = replace(clean, transform=fit_transform(clean.of("test"), "pca", "physical"))
+    report = audit(plain, CONFIG, others=[leaky])
+    assert [f.check for f in report.leaks] == ["statistics"]
 
 
 # --- what is in the scenes

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig, SweepConfig
 from crism_mlops.dataset.build import build_data_sets, data_sections, fetch_tasks
 from crism_mlops.dataset.manifest import build_manifest
-from crism_mlops.dataset.samples import samples_bytes
-from crism_mlops.dataset.variants import target_image
+from crism_mlops.dataset.samples import sample_name, samples_bytes
+from crism_mlops.dataset.variants import fit_transform, target_image
 from crism_mlops.dataset.views import apply_view, views_of
-from crism_mlops.errors import ConfigError, SceneError, StoreError
+from crism_mlops.errors import ConfigError, DatasetError, ProductError, SceneError, StoreError
 from crism_mlops.products.digests import RECEIPT, Digests, drop_images, known_digests, observation_digests
 from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.ode import Query, search
@@ -32,6 +33,7 @@ from crism_mlops.products.simulate import Simulation, write_simulation
 from crism_mlops.scenes.build import SceneTask, build_scenes, load_built, open_store, scene_name
 from crism_mlops.scenes.scene import SCENE_KINDS, scene_from_products
 from crism_mlops.scenes.sources import load_scenes
+from crism_mlops.scenes.store import map_arrays, read_facts, write_arrays
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,73 @@ def test_a_stored_scene_is_what_its_products_give(archive: Path) -> None:
             assert getattr(scene, name) == getattr(direct, name)
         assert scene.footprint is not None
         assert scene.footprint.equals(direct.footprint)
+
+
+@pytest.mark.parametrize(
+    ("facts", "arrays"),
+    [
+        ({"observation_id": None}, {}),
+        ({"observation_id": "{"}, {}),
+        ({"longitude_deg": '"east"'}, {}),
+        ({"footprint": '"POLYGON"'}, {}),
+        ({}, {"bands": np.zeros((3, 3, 7), np.float32)}),
+        ({}, {"carbonate": None}),
+    ],
+)
+def test_a_stored_scene_that_makes_no_sense_is_named(
+    archive: Path, facts: dict[str, str | None], arrays: dict[str, Any]
+) -> None:
+    config = configuration(archive)
+    (built,) = build_scenes(tasks(config)[:1])
+    path = open_store(config).path(str(built.name))
+    spoilt_facts = {k: v for k, v in {**read_facts(path), **facts}.items() if v is not None}
+    spoilt_arrays = {k: np.array(v) for k, v in {**map_arrays(path), **arrays}.items() if v is not None}
+    write_arrays(path, spoilt_arrays, spoilt_facts)
+    with pytest.raises(StoreError, match=f"{path.name}: damaged"):
+        load_built([built], config)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"observation_id": 1, "products": []}', "[" * 9999, "\xff"])
+def test_a_damaged_receipt_is_named(archive: Path, tmp_path: Path, content: str) -> None:
+    folder = shutil.copytree(observation_folders(archive)[0], tmp_path / "one")
+    (folder / RECEIPT).write_text(content, encoding="latin-1")
+    with pytest.raises(ProductError, match=f"{RECEIPT}: damaged"):
+        known_digests(folder, tmp_path / "memory")
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_observation_s_fault(archive: Path) -> None:
+    Path("cache").write_text("a file where a folder should be")
+    with pytest.raises(StoreError, match=r"data\.cache cache: cannot be written"):
+        build_scenes(tasks(configuration(archive, cache="cache"))[:1])
+
+
+def test_dropped_images_are_said_to_be_dropped(archive: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(observation_folders(archive)[0], tmp_path / "one" / "frt")
+    drop_images(folder, observation_digests(folder, folder.parent, SCENE_KINDS, tmp_path / "memory"))
+    with pytest.raises(ProductError, match=r"dropped .* download --id \w+ -o .*one"):
+        open_observation(folder)
+
+
+def test_labels_and_ranges_are_read_before_anything_is_built(archive: Path) -> None:
+    Path("labels.csv").write_text("observation_id;label\n")
+    for section, error in (({"labels": "labels.csv"}, SceneError), ({"ranges": {"VIOLET": [0, 1]}}, DatasetError)):
+        sweep = sweep_of(configuration(archive, store="untouched", **section))
+        with pytest.raises(error):
+            build_data_sets(sweep, silent)
+        assert not Path("untouched").exists()
+
+
+def test_a_label_changes_no_sample(archive: Path) -> None:
+    config = configuration(archive)
+    scenes = load_scenes(config)
+    relabelled = [replace(s, carbonate_bearing=not s.carbonate_bearing, region="elsewhere") for s in scenes]
+    transform = fit_transform(relabelled, "pnr", "physical")
+    names = [sample_name(s, config, transform, 0) for s in scenes]
+    assert [sample_name(s, config, transform, 0) for s in relabelled] == names
+    other = configuration(archive, ranges={"R1080": [0.0, 1.0]})
+    assert not set(names) & {sample_name(s, other, transform, 0) for s in relabelled}
+    unused = configuration(archive, ranges={"D2300": [0.0, 1.0]})
+    assert [sample_name(s, unused, transform, 0) for s in relabelled] == names
 
 
 def test_the_second_call_builds_nothing_and_opens_nothing(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,8 +439,26 @@ def test_an_observation_that_cannot_be_fetched_is_left_out(archive: Path, monkey
         found = search(Query(region="Nili Fossae"), service)
         report = build_data_sets(sweep, silent, Where(workers=1), fetch_tasks(found, sweep, service, drop=False))
     assert report.made == 11
-    assert list(report.left_out) == [folders[0].name]
-    assert "is not complete" in report.left_out[folders[0].name]
+    (left_out,) = report.left_out
+    assert Path(left_out).name == folders[0].name
+    assert "is not complete" in report.left_out[left_out]
+
+
+def test_what_was_there_before_is_of_the_data_set_as_well(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    folders = observation_folders(archive)
+    for folder in folders[:9]:
+        shutil.copytree(folder, Path("mars") / folder.name)
+    sweep = sweep_of(configuration(Path("mars")))
+    with ode_server() as server:
+        for folder in folders[9:]:
+            server.add_folder(folder)
+        service = Service(f"{server.url}/live2", (server.host,))
+        found = search(Query(region="Nili Fossae"), service)
+        report = build_data_sets(sweep, silent, Where(workers=1), fetch_tasks(found, sweep, service, drop=False))
+    assert len(report.scenes) == 12
+    again = build_data_sets(sweep, silent, Where(workers=1))
+    assert (again.made, again.data_sets) == (0, report.data_sets)
 
 
 def no_sleep(seconds: float) -> None:

@@ -368,7 +368,7 @@ def test_inspect_one_observation(run: Any, observation: Path) -> None:
     assert row["kind"] in ("carbonate", "barren", "unknown")
     table = run("data", "inspect", observation).out
     assert observation.name in table
-    assert "1 observations" in table
+    assert "1 observation " in table
 
 
 def test_inspect_folder_with_a_damaged_observation(run: Any, observation: Path, tmp_path: Path) -> None:

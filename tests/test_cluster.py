@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,33 @@ def test_ctrl_c_ends_the_others(tmp_path: Path) -> None:
         rest, _ = process.communicate(timeout=60)
     assert rest.splitlines()[-1] == b"interrupted"
     assert len(rest.splitlines()) < 50
+
+
+def test_after_ctrl_c_nothing_begins_and_a_second_one_ends_all(tmp_path: Path) -> None:
+    (tmp_path / "tests_tasks.py").write_text(
+        "import time\nfrom pathlib import Path\n\ndef slow(item):\n    Path(f'{item}.begun').touch()\n"
+        "    time.sleep(0 if item < 2 else 600)\n    return item\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=tmp_path
+    ) as process:
+        assert process.stderr is not None
+        until(lambda: len(list(tmp_path.glob("*.begun"))) == 4)
+        process.send_signal(signal.SIGINT)
+        assert b"finishing what 2 processes are at" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    assert rest.splitlines()[-1] == b"interrupted"
+    assert len(list(tmp_path.glob("*.begun"))) == 4
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60.0
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="asks /proc which processes are there")

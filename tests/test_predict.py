@@ -169,14 +169,22 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("mine")
     for path, picture in ((tmp_path / "a.tif", None), (tmp_path / "b.tif", tmp_path / "a.png")):
         with pytest.raises(SceneError, match="--force"):
-            check_output(path, picture, force=False)
-        check_output(path, picture, force=True)
+            check_output(path, picture, tmp_path, force=False)
+        check_output(path, picture, tmp_path, force=True)
     (tmp_path / "c.tif").mkdir()
     for path in (tmp_path / "c.tif", tmp_path / "none" / "a.tif"):
         with pytest.raises(SceneError, match="folder that exists"):
-            check_output(path, None, force=True)
+            check_output(path, None, tmp_path, force=True)
     with pytest.raises(SceneError, match=r"\.tif"):
-        check_output(tmp_path / "a.png", None, force=True)
+        check_output(tmp_path / "a.png", None, tmp_path, force=True)
+
+
+def test_the_input_is_not_replaced_by_force(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_text("mine")
+    (tmp_path / "b.tif").symlink_to(tmp_path / "a.tif")
+    for path in ("a.tif", "b.tif"):
+        with pytest.raises(SceneError, match="its own input"):
+            check_output(tmp_path / path, None, tmp_path / "a.tif", force=True)
 
 
 # --- what a scene may lack

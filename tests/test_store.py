@@ -121,6 +121,30 @@ def test_a_store_elsewhere_is_mirrored(tmp_path: Path) -> None:
         second.path("scenes/ab/none.txt")
 
 
+def test_a_copy_here_is_not_the_store(tmp_path: Path) -> None:
+    import fsspec
+
+    store = Store(f"memory://{tmp_path.name}/crism", tmp_path / "one")
+    store.put("scenes/ab/abc.txt", lambda path: path.write_text("content") and None)
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    assert not store.exists("scenes/ab/abc.txt")
+    store.put("scenes/ab/abc.txt", lambda path: pytest.fail("the copy is as good"))
+    assert store.exists("scenes/ab/abc.txt")
+
+
+def test_what_writing_raises_is_not_the_store_s(tmp_path: Path) -> None:
+    class OwnError(Exception):
+        pass
+
+    OwnError.__module__ = "fsspec.core"
+
+    def write(path: Path) -> None:
+        raise OwnError
+
+    with pytest.raises(OwnError):
+        Store(f"memory://{tmp_path.name}/crism", tmp_path / "one").put("scenes/ab/abc.txt", write)
+
+
 def test_a_store_travels_between_processes(tmp_path: Path) -> None:
     store = Store(str(tmp_path), tmp_path)
     assert store.is_local

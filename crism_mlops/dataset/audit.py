@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,17 @@ class AuditReport:
         }
 
 
-def audit(manifest: Manifest, config: AuditConfig, on_scene: Callable[[int, int], None] | None = None) -> AuditReport:
+def audit(
+    manifest: Manifest,
+    config: AuditConfig,
+    on_scene: Callable[[int, int], None] | None = None,
+    others: Sequence[Manifest] = (),
+) -> AuditReport:
     """Look at every scene of train, validation and test once, one at a time, then compare what was kept.
 
-    What is kept of a scene is about 6 kB. `on_scene(done, total)` is called after each. Raises
-    DatasetError if a scene lacks a band of the variant.
+    `others` are the same scenes and split in a sweep's other variants: of these, what was fitted is
+    looked at. What is kept of a scene is about 6 kB. `on_scene(done, total)` is called after each.
+    Raises DatasetError if a scene lacks a band of the variant.
     """
     total = sum(len(getattr(manifest.split, name)) for name in PARTS)
     records: list[Record] = []
@@ -79,7 +85,7 @@ def audit(manifest: Manifest, config: AuditConfig, on_scene: Callable[[int, int]
             checks.footprints(records),
             checks.places(records),
             *checks.duplicates(records, config.duplicate_bits),
-            _statistics(manifest),
+            *_statistics_of([manifest, *(m for m in others if m is not manifest)]),
             checks.class_balance(records, len(manifest.split.test_balanced)),
             checks.saturated(records, channels, config.saturated_share),
             checks.crushed(records, channels),
@@ -141,6 +147,12 @@ def _channels(manifest: Manifest) -> tuple[str, ...]:
     return tuple(f"input {b}" for b in bands) + tuple(f"target {p}" for p in TARGET_PARAMETERS[manifest.data.target])
 
 
+def _statistics_of(manifests: Sequence[Manifest]) -> list[Finding]:
+    """A finding for each that learns something; one for the first where none does."""
+    fitted = [m for m in manifests if m.transform.variant == "pca" or m.transform.fitted_on]
+    return [_statistics(m) for m in fitted or manifests[:1]]
+
+
 def _statistics(manifest: Manifest) -> Finding:
     """Whatever the transform learnt, it learnt from train scenes."""
     transform, train = manifest.transform, manifest.of("train")
@@ -155,7 +167,7 @@ def _statistics(manifest: Manifest) -> Finding:
             outside,
         )  # fmt: skip
     if transform.variant != "pca":
-        return Finding("statistics", "ok", f"the {transform.variant} transform has nothing that is fitted")
+        return Finding("statistics", "ok", "no variant has anything that is fitted")
     known = ids if fitted_on is None else set(fitted_on)
     again = fit_transform([s for s in train if s.observation_id in known], transform.variant, transform.normalization)
     # A checkpoint of version 0.1 names no scenes; its range was fitted in another way.

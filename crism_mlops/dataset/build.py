@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from crism_mlops.cluster import Where
 from crism_mlops.config import Choice, DataConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import ConfigError, SceneError
+from crism_mlops.dataset.variants import physical_ranges
+from crism_mlops.errors import ConfigError, ProductError, SceneError
 from crism_mlops.products.observations import observation_folders
 from crism_mlops.scenes.build import BuiltScene, SceneTask, build_scenes, load_built, open_store
+from crism_mlops.scenes.filters import load_filters
+from crism_mlops.scenes.labels import read_labels
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.sources import load_scenes, scenes_root
 
@@ -62,33 +65,41 @@ class BuildReport:
     @property
     def left_out(self) -> dict[str, str]:
         """Folder and reason of the observations that could not be used."""
-        return {one.folder.name: one.problem for one in self.built if one.problem is not None}
+        return {str(one.folder): one.problem for one in self.built if one.problem is not None}
 
 
 def build_data_sets(
     sweep: SweepConfig,
     say: Say,
     where: Where | None = None,
-    tasks: Sequence[SceneTask] | None = None,
+    tasks: Sequence[SceneTask] = (),
     *,
     drop: bool = False,
 ) -> BuildReport:
     """Build all data sets that a sweep's trials may ask for; what is in the store is not built again.
 
-    `say(what, done, total)` reports progress. `tasks` names the observations where they are to be
-    fetched first; with `drop`, an observation's images are removed when its scene is built. Raises
-    CrismError if no scene can be used, a split is empty, or the store fails.
+    `say(what, done, total)` reports progress. `tasks` names observations that are to be fetched
+    first, beside those that are in the folder already: a sweep takes all of them. With `drop`, an
+    observation's images are removed when its scene is built. Raises CrismError if no scene can be
+    used, a split is empty, or the store fails.
     """
     # Tasks may be done elsewhere: in other folders of this machine, or on others.
     data = anchored(sweep.data)
+    check_data(data)
     sweep = sweep.model_copy(update={"data": data})
     built: list[BuiltScene] = []
     if data.source == "pairs":
         scenes = load_scenes(data, lambda done, total: say("scenes", done, total))
     else:
-        if tasks is None:
-            root = scenes_root(data, lambda done, total: say("simulated observations", done, total))
-            tasks = [SceneTask(folder, root, data, drop=drop) for folder in observation_folders(root)]
+        root = scenes_root(data, lambda done, total: say("simulated observations", done, total))
+        fetched = {task.folder for task in tasks}
+        try:
+            there = observation_folders(root)
+        except ProductError:
+            if not tasks:
+                raise
+            there = []  # A folder that is to be filled.
+        tasks = [*tasks, *(SceneTask(folder, root, data, drop=drop) for folder in there if folder not in fetched)]
         built = build_scenes(tasks, lambda done, total: say("scenes", done, total), where)
         scenes = load_built(built, data)
     data_sets = []
@@ -100,9 +111,20 @@ def build_data_sets(
     return BuildReport(tuple(scenes), tuple(built), tuple(data_sets))
 
 
+def check_data(data: DataConfig) -> None:
+    """Read the small files and the names that a data section gives: a cheap first look.
+
+    Raises CrismError for filters or labels that cannot be read, and an unknown name in `ranges`.
+    """
+    load_filters(data.filters)
+    if data.labels is not None:
+        read_labels(Path(data.labels).expanduser())
+    physical_ranges(data.ranges)
+
+
 def anchored(data: DataConfig) -> DataConfig:
     """The same data section with absolute paths."""
-    places = {"cache": data.cache, "store": data.store, "path": data.path, "filters": data.filters}
+    places = {key: getattr(data, key) for key in ("cache", "store", "path", "filters", "labels")}
     absolute = {
         key: str(Path(value).expanduser().absolute())
         for key, value in places.items()
@@ -150,7 +172,7 @@ def _record(manifest: Manifest, samples: int, stored: Sequence[str]) -> DataSet:
         "digest": manifest.digest,
         "scenes_digest": manifest.scenes_digest,
         "test_digest": manifest.test_digest,
-        "data": data.model_dump(mode="json", exclude={"path", "cache", "store"}),
+        "data": data.model_dump(mode="json", exclude={"path", "cache", "store", "filters", "labels"}),
         "seed": manifest.seed,
         "split": asdict(manifest.split),
         "transform": asdict(manifest.transform),

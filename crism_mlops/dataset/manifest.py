@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig, SplitConfig, digest_of
-from crism_mlops.dataset.samples import Samples, build_samples
+from crism_mlops.dataset.samples import SAMPLER_VERSION, Samples, build_samples
 from crism_mlops.dataset.split import Split, split_scenes
-from crism_mlops.dataset.variants import InputTransform, fit_transform, physical_ranges, target_image
+from crism_mlops.dataset.variants import InputTransform, fit_transform, target_image, target_key
 from crism_mlops.scenes.scene import Scene
 
 SplitName = Literal["train", "validation", "test", "test_balanced"]
@@ -98,8 +98,8 @@ class Manifest:
             {
                 "scenes": self.scenes_digest,
                 "transform": asdict(self.transform),
-                "target": [self.data.target, self.data.target_normalization],
-                "ranges": physical_ranges(self.data.ranges),
+                "target": target_key(self.data),
+                "sampler": SAMPLER_VERSION,
                 "resolution": self.data.resolution,
                 "views": self.data.views,
                 "seed": self.seed,

@@ -12,11 +12,11 @@ import numpy as np
 
 from crism_mlops.cluster import HERE, Where, run
 from crism_mlops.config import DataConfig, digest_of
-from crism_mlops.dataset.variants import InputTransform, channels, target_image
+from crism_mlops.dataset.variants import InputTransform, channels, target_image, target_key
 from crism_mlops.dataset.views import apply_view, views_of
 from crism_mlops.scenes.build import load_scene, open_store, scene_name_of
 from crism_mlops.scenes.scene import Scene
-from crism_mlops.scenes.store import map_tensors, read_facts, write_arrays
+from crism_mlops.scenes.store import map_tensors, read_facts, whole, write_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +59,10 @@ def sample_name(scene: Scene, data: DataConfig, transform: InputTransform, seed:
     key = digest_of(
         {
             "sampler": SAMPLER_VERSION,
-            "scene": scene.content,
+            # What a scene's label or region is said to be does not change a sample.
+            "scene": [scene.observation_id, scene.pixels],
             "transform": fitted,
-            "target": [data.target, data.target_normalization, sorted(data.ranges.items())],
+            "target": target_key(data),
             "resolution": data.resolution,
             "views": data.views,
             "seed": seed,
@@ -153,8 +154,16 @@ class Samples(Sequence[Sample]):
         for scene, name in zip(scenes, stored, strict=True):
             path = store.path(name)
             tensors = map_tensors(path)
-            for index, view in enumerate(json.loads(read_facts(path)["views"])):
-                self._rows.append((scene, tensors, index, view))
+            with whole(path):
+                views = [str(view) for view in json.loads(read_facts(path)["views"])]
+                expected = {
+                    "input": (len(views), channels(data.variant), data.resolution, data.resolution),
+                    "target": (len(views), 3, data.resolution, data.resolution),
+                    "valid": (len(views), data.resolution, data.resolution),
+                }
+                if views and (found := {key: tuple(t.shape) for key, t in tensors.items()}) != expected:
+                    raise ValueError(f"it holds {found}, expected {expected}")
+            self._rows += [(scene, tensors, index, view) for index, view in enumerate(views)]
 
     def __len__(self) -> int:
         return len(self._rows)

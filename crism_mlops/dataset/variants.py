@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crism_mlops.config import Normalization, Variant
+from crism_mlops.config import DataConfig, Normalization, Variant
 from crism_mlops.errors import DatasetError
 from crism_mlops.scenes.filters import CASSIS_BANDS
 from crism_mlops.scenes.scene import Scene
@@ -138,6 +138,14 @@ def target_image(scene: Scene, target: str, normalization: str, ranges: Ranges |
 def target_has_inverse(normalization: str) -> bool:
     """Whether a target image's values stand for I/F or band depth, the same for every scene."""
     return normalization == "physical"
+
+
+def target_key(data: DataConfig) -> list[Any]:
+    """What a target image depends on besides its scene; JSON-able."""
+    if not target_has_inverse(data.target_normalization):
+        return [data.target, data.target_normalization]
+    low, high = _target_range(data.target, data.ranges)
+    return [data.target, data.target_normalization, low.tolist(), high.tolist()]
 
 
 def inverse_target(

@@ -11,11 +11,13 @@ from hashlib import blake2b, file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from crism_mlops.errors import ProductError
+from crism_mlops.errors import ProductError, StoreError
 from crism_mlops.products.mtrdr import parse_name
 from crism_mlops.products.observations import RECEIPT, open_observation
 
 _SUFFIXES = (".img", ".hdr", ".lbl", ".txt")
+# What reading a JSON file that does not hold what it should may raise.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,16 @@ def known_digests(folder: Path, memory: Path) -> Digests | None:
             # One image fewer is enough: dropping them may have been cut short.
             if len(product_images(folder, receipt.products)) < len(receipt.products):
                 return receipt
-        return _read(_memory(folder, files, memory))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ProductError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        if (folder / RECEIPT).is_file():
-            raise ProductError(f"{folder / RECEIPT}: damaged ({error}); fetch the observation again") from error
-        # A damaged memory: the digests can be had again.
+    except _DAMAGED as error:
+        raise ProductError(f"{folder / RECEIPT}: damaged ({error}); fetch the observation again") from error
+    try:
+        return _read(_memory(folder, files, memory))
+    except (OSError, *_DAMAGED):
+        # Nothing remembered, or not to be understood: the digests can be had again.
         return None
 
 
@@ -57,7 +60,7 @@ def observation_digests(folder: Path, root: Path, kinds: Sequence[str], memory: 
     """Digests of the products of an observation's folder below `root`, remembered under `memory`.
 
     A cube is read for it once, at the disk's speed. Raises ProductError if a product cannot be
-    read.
+    read, StoreError if `memory` cannot be written.
     """
     known = known_digests(folder, memory)
     if known is not None:
@@ -79,9 +82,15 @@ def observation_digests(folder: Path, root: Path, kinds: Sequence[str], memory: 
         if not products:
             raise ProductError(f"{folder}: holds none of the kinds {', '.join(kinds)}; download them")
         found = Digests(next(iter(products.values())).observation_id, digests)
-        _write(place, found)
     except OSError as error:
         raise ProductError(f"{folder}: cannot be read for its digest ({error.strerror or error})") from error
+    try:
+        _write(place, found)
+    except OSError as error:
+        raise StoreError(
+            f"data.cache {memory}: cannot be written ({error.strerror or error}); free space, or set data.cache to a "
+            "folder of your own"
+        ) from error
     return found
 
 

@@ -75,6 +75,11 @@ def open_observation(
     if not named:
         raise ProductError(f"{folder}: holds no CRISM product; expected files such as frt0000643d_07_if164j_mtr3.hdr")
     ids = sorted({name.observation_id for name, _ in named})
+    if (folder / RECEIPT).is_file() and not any(path.suffix.lower() == ".img" for path in paths):
+        raise ProductError(
+            f"{folder}: its images were dropped after its scene was built; fetch them again with: crism-mlops data "
+            f"download --id {ids[0]} -o {folder.parent}"
+        )
     if len(ids) > 1:
         raise ProductError(f"{folder}: holds {len(ids)} observations ({', '.join(ids)}); give each its own folder")
     joined = {name.kind for name, _ in named if name.level != "trr"}

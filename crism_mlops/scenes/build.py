@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from crism_mlops.cluster import HERE, Where, run
 from crism_mlops.config import DataConfig, digest_of
-from crism_mlops.errors import CrismError, SceneError, StoreError
+from crism_mlops.errors import CrismError, SceneError, StoreError, one_line
 from crism_mlops.products.digests import (
     Digests,
     drop_images,
@@ -29,9 +29,11 @@ from crism_mlops.scenes.bands import IF_RANGE
 from crism_mlops.scenes.filters import BAND_NAMES, filters_digest, load_filters
 from crism_mlops.scenes.labels import read_labels
 from crism_mlops.scenes.scene import SCENE_KINDS, Scene, carbonate_fraction, kind_of, scene_from_products
-from crism_mlops.scenes.store import Store, map_arrays, read_facts, write_arrays
+from crism_mlops.scenes.store import Store, map_arrays, read_facts, whole, write_arrays
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from crism_mlops.products.ode import Observation
     from crism_mlops.products.service import Service
 
@@ -153,7 +155,7 @@ def build_scene(task: SceneTask) -> BuiltScene:
             if (folder / RECEIPT).is_file() and not product_images(folder, SCENE_KINDS):
                 raise SceneError(
                     "its images were dropped after an earlier build and the store has no scene made this way; fetch it "
-                    f"again with: crism-mlops data download --id {digests.observation_id}"
+                    f"again with: crism-mlops data download --id {digests.observation_id} -o {task.root}"
                 )
             _write_scene(path, scene_from_products(open_observation(folder, task.root, SCENE_KINDS), config))
 
@@ -203,12 +205,35 @@ def load_scene(store: Store, name: str, config: DataConfig, labels: Mapping[str,
 
     Raises StoreError if its file is damaged.
     """
+    path = store.path(name)
+    facts, arrays = read_facts(path), map_arrays(path)
+    with whole(path):
+        return _stored_scene({key: json.loads(value) for key, value in facts.items()}, arrays, name, config, labels)
+
+
+def _stored_scene(
+    facts: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
+    name: str,
+    config: DataConfig,
+    labels: Mapping[str, bool | None],
+) -> Scene:
     import shapely
 
-    path = store.path(name)
-    facts: dict[str, Any] = {key: json.loads(value) for key, value in read_facts(path).items()}
-    arrays = map_arrays(path)
-    identity, longitude, latitude = facts["observation_id"], facts["longitude_deg"], facts["latitude_deg"]
+    identity, longitude, latitude = (
+        str(facts["observation_id"]), float(facts["longitude_deg"]), float(facts["latitude_deg"])
+    )  # fmt: skip
+    size = arrays["valid"].shape
+    for key, (shape, dtype) in {
+        "bands": ((*size, len(BAND_NAMES)), "float32"), "target": ((*size, 3), "float32"), "valid": (size, "bool"),
+        "carbonate": (size, "bool"),
+    }.items():  # fmt: skip
+        if arrays[key].shape != shape or arrays[key].dtype != dtype or len(size) != 2:
+            raise ValueError(f"{key} is {arrays[key].shape} {arrays[key].dtype}, expected {shape} {dtype}")
+    try:
+        outline = None if facts["footprint"] is None else shapely.from_wkt(facts["footprint"])
+    except shapely.errors.GEOSException as error:
+        raise ValueError(f"footprint: {one_line(error)}") from error
     return Scene(
         observation_id=identity,
         source="mtrdr",
@@ -221,7 +246,7 @@ def load_scene(store: Store, name: str, config: DataConfig, labels: Mapping[str,
         longitude_deg=longitude,
         latitude_deg=latitude,
         region=region_of(longitude, latitude),
-        footprint=None if facts["footprint"] is None else shapely.from_wkt(facts["footprint"]),
+        footprint=outline,
         digest=Path(name).stem,
     )
 

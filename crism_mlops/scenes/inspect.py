@@ -46,7 +46,11 @@ def inspect_path(path: Path, png: Path | None = None) -> list[dict[str, Any]]:
     rows = []
     for folder in folders:
         row, made = _observation(folder)
-        rows.append(row if made is None else row | _picture(made, png, len(folders) > 1))
+        if made is not None:
+            row |= _picture(made, png, len(folders) > 1)
+        elif png is not None:
+            row["picture"] = "none: it cannot become a scene"
+        rows.append(row)
     return rows
 
 

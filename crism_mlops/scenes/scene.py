@@ -62,12 +62,16 @@ class Scene:
         return {True: "carbonate", False: "barren", None: "unknown"}[self.carbonate_bearing]
 
     @property
+    def pixels(self) -> str:
+        """Digest of the arrays, or of what they were made from: 16 hex digits."""
+        arrays = (self.bands, self.target, self.valid, self.carbonate)
+        return self.digest or content_digest([a for a in arrays if a is not None])
+
+    @property
     def content(self) -> str:
         """Digest of all that a data set takes from a scene: 16 hex digits."""
-        arrays = (self.bands, self.target, self.valid, self.carbonate)
-        pixels = self.digest or content_digest([a for a in arrays if a is not None])
         place = [self.longitude_deg, self.latitude_deg, self.region]
-        return digest_of([self.observation_id, pixels, self.carbonate_bearing, *place])
+        return digest_of([self.observation_id, self.pixels, self.carbonate_bearing, *place])
 
     def __post_init__(self) -> None:
         for array in (self.bands, self.target, self.valid, self.carbonate):

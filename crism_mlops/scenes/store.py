@@ -1,7 +1,8 @@
 """Content-addressed files, written once: built scenes and data sets, in a folder or at an fsspec URL.
 
-A name says what is in the file (a digest of all that it was made from), so a file never changes:
-what is there is whole and right, whoever wrote it.
+A name says what is in the file (a digest of all that it was made from), so a file never changes,
+and it appears under its name when all of it is written. What the disk itself turns round in it
+afterwards is not looked for.
 """
 
 from __future__ import annotations
@@ -69,24 +70,23 @@ class Store:
         return self.mirror / "stores" / digest_of(self.url)
 
     def exists(self, name: str) -> bool:
-        """Whether a file is in the store."""
-        if (self.folder / name).is_file():
-            return True
+        """Whether a file is in the store; where that lies elsewhere, a copy here says nothing."""
         if self.is_local:
-            return False
+            return (self.folder / name).is_file()
         system, root = self._place
-        with self._errors(f"look for {name}"):
+        with self._remote(f"look for {name}"):
             # Another process may have written it since the listing that fsspec remembers.
             system.invalidate_cache()
             return bool(system.isfile(f"{root}/{name}"))
 
     def names(self, folder: str) -> set[str]:
         """Names of all files below a folder of the store, in one listing."""
-        with self._errors(f"list {folder}"):
-            if self.is_local:
+        if self.is_local:
+            with self._errors(f"list {folder}"):
                 files = (self.folder / folder).rglob("*.*") if (self.folder / folder).is_dir() else iter(())
                 return {p.relative_to(self.folder).as_posix() for p in files if not p.name.startswith(".")}
-            system, root = self._place
+        system, root = self._place
+        with self._remote(f"list {folder}"):
             system.invalidate_cache()
             prefix = f"{root}/".lstrip("/")
             return {str(p).lstrip("/").removeprefix(prefix) for p in system.find(f"{root}/{folder}")}
@@ -98,7 +98,8 @@ class Store:
             return local
         system, root = self._place
         with self._errors(f"fetch {name}"), self._partial(local) as partial:
-            system.get_file(f"{root}/{name}", str(partial))
+            with self._remote(f"fetch {name}"):
+                system.get_file(f"{root}/{name}", str(partial))
             partial.replace(local)
         return local
 
@@ -123,15 +124,17 @@ class Store:
                 # Who holds the lock is alone: these are of processes that were killed.
                 for stale in local.parent.glob(f".{local.name}.*.partial"):
                     stale.unlink(missing_ok=True)
-                self.need(0)
-                with self._partial(local) as partial:
-                    write(partial)
-                    if not self.is_local:
-                        system, root = self._place
+                if not local.is_file():
+                    self.need(0)
+                    with self._partial(local) as partial:
+                        write(partial)
+                        partial.replace(local)
+                if not self.is_local:
+                    system, root = self._place
+                    with self._remote(f"write {name}"):
                         # An object store shows an object when all of it has arrived.
                         system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-                        system.put_file(str(partial), f"{root}/{name}")
-                    partial.replace(local)
+                        system.put_file(str(local), f"{root}/{name}")
         return local
 
     def need(self, size: int) -> None:
@@ -159,19 +162,24 @@ class Store:
     def _errors(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except StoreError:
-            raise
         except OSError as error:
-            what = error.strerror or one_line(error)
-            raise StoreError(
-                f"data.store {self.url}: cannot {doing} ({what}); check the folder or the URL, its permissions and its "
-                "free space, then run the same command again: what is built is kept"
-            ) from error
+            raise self._error(doing, error) from error
+
+    @contextmanager
+    def _remote(self, doing: str) -> Iterator[None]:
+        """Around nothing but calls of the store's file system: those of botocore and the like raise
+        exceptions that have no common root."""
+        try:
+            yield
         except Exception as error:
-            # botocore's errors have no common root with Python's own.
-            if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "fsspec", "s3fs", "aiohttp"):
-                raise
-            raise StoreError(f"data.store {self.url}: cannot {doing} ({one_line(error)})") from error
+            raise self._error(doing, error) from error
+
+    def _error(self, doing: str, error: Exception) -> StoreError:
+        what = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        return StoreError(
+            f"data.store {self.url}: cannot {doing} ({what}); check the folder or the URL, its permissions and its "
+            "free space, then run the same command again: what is built is kept"
+        )
 
 
 def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> None:
@@ -217,7 +225,7 @@ def map_tensors(path: Path) -> dict[str, Any]:
         # torch maps the file; the numpy reader would copy all of it.
         with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 -- not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise StoreError(_damaged(path, error)) from error
 
 
@@ -230,6 +238,15 @@ def content_digest(arrays: Sequence[NDArray[Any]]) -> str:
         content.update(f"{array.shape} {array.dtype.str}".encode())
         content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Around making sense of a stored file: what is wrong with its content is a StoreError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(_damaged(path, error)) from error
 
 
 def _damaged(path: Path, error: BaseException) -> str:

@@ -106,12 +106,12 @@ def predict_scene(folder: Path, place: Path, device: str = "auto", bands: tuple[
     )
 
 
-def write_prediction(prediction: Prediction, path: Path, *, force: bool = False, picture: Path | None = None) -> None:
-    """Write a prediction as GeoTIFF, and a picture of it (PNG) where one is asked for.
+def write_prediction(prediction: Prediction, path: Path, picture: Path | None = None) -> None:
+    """Write a prediction as GeoTIFF, and a picture of it (PNG) where one is asked for; what is there is
+    replaced.
 
-    Raises SceneError for what `check_output` refuses, ProductError where the disk refuses.
+    Raises ProductError where the disk refuses.
     """
-    check_output(path, picture, force)
     write_geotiff(
         path, prediction.image, prediction.source.scene.valid, prediction.source.grid, prediction.names,
         prediction.units, tags=prediction.tags,
@@ -120,13 +120,16 @@ def write_prediction(prediction: Prediction, path: Path, *, force: bool = False,
         write_figure(figure(prediction), picture)
 
 
-def check_output(path: Path, picture: Path | None, force: bool) -> None:
-    """Refuse, before anything is computed, to overwrite a file or to write where nothing can be written."""
+def check_output(path: Path, picture: Path | None, given: Path, force: bool) -> None:
+    """Refuse, before anything is computed, to overwrite a file (`given`, the input, even with `force`) or
+    to write where nothing can be written. Raises SceneError."""
     if path.suffix.lower() not in (".tif", ".tiff"):
         raise SceneError(f"{path}: a prediction is a GeoTIFF; name a .tif file")
     for target in (path,) if picture is None else (path, picture):
         if target.is_dir() or not target.parent.is_dir():
             raise SceneError(f"{target}: name a file in a folder that exists")
+        if target.resolve() == given.resolve() or (picture is not None and picture.resolve() == path.resolve()):
+            raise SceneError(f"{target}: it is named twice, the prediction would be lost or replace its own input")
         if target.exists() and not force:
             raise SceneError(f"{target}: it exists already; name another file, or add --force to replace it")
 

@@ -74,15 +74,18 @@ def run_study(
     with study_lock(sweep.study, work_root), terminate_as_interrupt(), _storage_errors():
         base = build_manifest(scenes, sweep.data, sweep.split)
         # Before anything is made: a study on data that leaks is worth nothing.
-        found = audit(base, sweep.audit)
+        manifests = input_manifests(sweep, scenes, base)
+        found = audit(base, sweep.audit, others=list(manifests.values()))
         require_clean(found, sweep.audit)
         study = open_study(sweep, base, storage)
         settle(study, tracker)
         parent = _parent_run(sweep, study, base, tracker)
         tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
-        call = _Call(sweep, tuple(scenes), study, tracker, parent, work_root / sweep.study, listener)
+        call = _Call(
+            sweep, tuple(scenes), study, tracker, parent, work_root / sweep.study, listener, manifests=manifests
+        )
         try:
-            _log_all_floors(call, base)
+            _log_all_floors(call)
             _run_trials(call)
         except KeyboardInterrupt:
             for number in settle(study, tracker):
@@ -227,8 +230,18 @@ def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker
     return tracker.start(sweep.study, "study", {**tags, "crism.trials_total": str(sweep.trials)}, params)
 
 
-def _log_all_floors(call: _Call, base: Manifest) -> None:
-    call.manifests[call.sweep.data.model_dump_json()] = base
+def input_manifests(sweep: SweepConfig, scenes: Sequence[Scene], base: Manifest) -> dict[str, Manifest]:
+    """The manifests of a sweep's inputs (variant and normalisation), and of `sweep.data`: `base`, by their
+    data sections."""
+    manifests = {sweep.data.model_dump_json(): base}
+    for variant, normalization in input_variants(sweep):
+        data = sweep.run_config({"data.variant": variant, "data.normalization": normalization}).data
+        if (key := data.model_dump_json()) not in manifests:
+            manifests[key] = build_manifest(scenes, data, sweep.split)
+    return manifests
+
+
+def _log_all_floors(call: _Call) -> None:
     for index, (variant, normalization) in enumerate(input_variants(call.sweep)):
         call.listener.floors(variant, normalization)
         config = call.sweep.run_config({"data.variant": variant, "data.normalization": normalization})
