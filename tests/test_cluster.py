@@ -67,7 +67,9 @@ def test_cores_are_counted() -> None:
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+# Started in the background of a shell, a process ignores Ctrl-C, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from crism_mlops.cluster import Where, run
 import tests_tasks
 
@@ -95,7 +97,7 @@ def test_ctrl_c_ends_the_others(tmp_path: Path) -> None:
 def test_after_ctrl_c_nothing_begins_and_a_second_one_ends_all(tmp_path: Path) -> None:
     (tmp_path / "tests_tasks.py").write_text(
         "import time\nfrom pathlib import Path\n\ndef slow(item):\n    Path(f'{item}.begun').touch()\n"
-        "    time.sleep(0 if item < 2 else 600)\n    return item\n"
+        "    time.sleep(0 if item < 2 else 60)\n    return item\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", INTERRUPTED]
@@ -103,11 +105,14 @@ def test_after_ctrl_c_nothing_begins_and_a_second_one_ends_all(tmp_path: Path) -
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=tmp_path
     ) as process:
         assert process.stderr is not None
-        until(lambda: len(list(tmp_path.glob("*.begun"))) == 4)
-        process.send_signal(signal.SIGINT)
-        assert b"finishing what 2 processes are at" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        try:
+            until(lambda: len(list(tmp_path.glob("*.begun"))) == 4)
+            process.send_signal(signal.SIGINT)
+            assert b"finishing what 2 processes are at" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert rest.splitlines()[-1] == b"interrupted"
     assert len(list(tmp_path.glob("*.begun"))) == 4
 
