@@ -148,7 +148,7 @@ def test_several_observations_go_into_a_folder(observation: Path, tmp_path: Path
     rows = {row["observation"]: row for row in inspect_path(folder, tmp_path / "pictures" / "new")}
     assert [p.name for p in (tmp_path / "pictures" / "new").iterdir()] == [f"{observation.name}.png"]
     assert image.name in rows["damaged"]["problem"]
-    assert "picture" not in rows["damaged"]
+    assert rows["damaged"]["picture"] == "none: it cannot become a scene"
     (tmp_path / "file").write_text("")
     with pytest.raises(SceneError, match="not a folder"):
         inspect_path(folder, tmp_path / "file")
