@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from crism_mlops.cli_data import data_app
+from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
 from crism_mlops.errors import CrismError
-from crism_mlops.terminal import AsJson, Progress, console, print_json
+from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
 
 app = typer.Typer(
     help="Experiment tracking and hyperparameter sweeps for predicting CRISM mineralogy from CaSSIS-like bands.",
@@ -25,21 +26,13 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(baselines_app, name="baselines")
 
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri",
-        help="MLflow store or server; default MLFLOW_TRACKING_URI or sqlite:///mlruns/mlflow.db",
-        show_default=False,
-    ),
-]
 Storage = Annotated[
     str | None, typer.Option("--storage", help="Optuna's store; default sqlite:///mlruns/optuna.db", show_default=False)
 ]
 Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
 DEFAULT_EXPERIMENT = "crism"
-SplitName = Literal["train", "validation", "test", "test_balanced"]
 
 
 def _print_version(wanted: bool) -> None:
@@ -159,7 +152,9 @@ def status(
         raise StudyError(f"no study in experiment {experiment!r} yet; run a sweep, or name another with --experiment")
     if study is not None and study not in names:
         raise StudyError(f"no study {study!r} in experiment {experiment!r}; it holds {', '.join(names) or 'none'}")
-    statuses = [study_status(tracker, name) for name in ([study] if study else names)]
+    # The others as well: a U-Net of the same experiment is what an InstructPix2Pix is held against.
+    every = [study_status(tracker, name) for name in names]
+    statuses = [one for one in every if study in (None, one["study"])]
     if as_json:
         print_json(statuses[0] if study else {"experiment": experiment, "studies": statuses})
         return
@@ -168,7 +163,7 @@ def status(
         out.print(table)
     for one in statuses:
         out.print(headline(one), highlight=False, soft_wrap=True)
-        for line in against_floors(one):
+        for line in against_floors(one, every):
             out.print(f"  {line}", highlight=False, soft_wrap=True)
     where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
     out.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
@@ -215,6 +210,10 @@ def promote(
     typer.echo(f"serve it: {store}{serve}")
 
 
+app.command()(evaluate)
+app.command()(prompts)
+
+
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
@@ -254,57 +253,6 @@ def ui(
 
 
 @app.command()
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or models:/NAME@champion")],
-    file: Annotated[Path, typer.Argument(help="a sweep's YAML file: the scenes to score on")],
-    split: Annotated[SplitName, typer.Option(help="which of the sweep's scenes")] = "test_balanced",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override any key")] = None,
-    tracking_uri: TrackingUri = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score a checkpoint on a sweep's scenes, in both protocols.
-
-    Example: crism-mlops evaluate models:/crism-instruct-pix2pix@champion sweeps/quickstart-ip2p.yaml
-    """
-    from crism_mlops.config import load_sweep
-    from crism_mlops.scenes.sources import load_scenes
-    from crism_mlops.studies.run import evaluate_checkpoint
-
-    config = load_sweep(file, tuple(set_ or []))
-    folder = _checkpoint_folder(checkpoint, tracking_uri)
-    progress = Progress()
-    result = evaluate_checkpoint(folder, config, load_scenes(config.data, progress.scenes), split)
-    if as_json:
-        print_json(result)
-        return
-    from rich.table import Table
-
-    table = Table(title=f"{checkpoint}: {result['scenes']} scenes, split {split}", title_justify="left")
-    table.add_column("protocol")
-    names = list(result["scores"]["valid"])
-    for name in names:
-        table.add_column(name, justify="right")
-    for protocol, scores in result["scores"].items():
-        table.add_row(protocol, *(f"{scores[n]:.4f}" for n in names))
-    console(120).print(table)
-
-
-def _checkpoint_folder(checkpoint: str, tracking_uri: str | None) -> Path:
-    """A checkpoint's folder, fetched where it is a registered model."""
-    if checkpoint.startswith("models:/"):
-        from crism_mlops.tracking import download_checkpoint
-
-        return download_checkpoint(tracking_uri, checkpoint)
-    folder = Path(checkpoint).expanduser()
-    if not folder.is_dir():
-        # Said before the scenes are read, which may take long.
-        from crism_mlops.errors import ModelError
-
-        raise ModelError(f"{folder}: no such folder; give a checkpoint's folder, or models:/NAME@champion")
-    return folder
-
-
-@app.command()
 def predict(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or models:/NAME@champion")],
     scene: Annotated[Path, typer.Argument(help="an observation's folder, or a GeoTIFF of CaSSIS-like bands in I/F")],
@@ -327,7 +275,7 @@ def predict(
     picture = output.with_suffix(".png") if png else None
     check_output(output, picture, scene, force)
     names = None if bands is None else tuple(name.strip() for name in bands.split(","))
-    made = predict_scene(_checkpoint_folder(checkpoint, tracking_uri), scene, device, names)
+    made = predict_scene(checkpoint_folder(checkpoint, tracking_uri), scene, device, names)
     write_prediction(made, output, picture)
     height, width = made.source.scene.valid.shape
     shown = ", ".join(f"{name} ({unit})" for name, unit in zip(made.names, made.units, strict=True))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Variant = Literal["pnr", "bpn", "pca", "rect", "cassis4"]
 Normalization = Literal["physical", "percentile", "minmax"]
 PROMPT_FIELDS = ("longitude", "latitude", "location")
+Solver = Literal["dpm++", "unipc", "ddim", "euler"]
 ViewName = Literal["whole", "vflip", "quarters", "rotations"]
 
 
@@ -178,6 +179,7 @@ class InstructPix2PixModel(Section):
     prompt: str = Field("Predict carbonates", min_length=1)
     text_encoder: Literal["frozen", "trained"] = "frozen"
     conditioning_dropout: float = Field(0.05, ge=0.0, le=0.33)
+    sampler: Solver = Field("dpm++", description="solver of the denoising steps")
     steps: int = Field(20, ge=1, le=1000, description="denoising steps")
     image_guidance: float = Field(1.5, ge=0.0)
     text_guidance: float = Field(7.5, ge=0.0)
@@ -224,6 +226,7 @@ class EvaluateConfig(Section):
 
     chunk: int = Field(8, ge=1, description="images a forward pass, padded to this size: same bits anywhere")
     seed: int = Field(0, ge=0, description="noise seed of diffusion sampling, combined with the scene's id")
+    draws: int = Field(1, ge=1, le=64, description="predictions of diffusion a scene; their mean is scored")
     validation_scenes: int | None = Field(8, ge=1, description="scenes scored at each epoch; null is all")
     panel_scenes: int = Field(3, ge=1, le=12)
 
@@ -322,9 +325,13 @@ def error_sign(metric: str) -> float:
 
 
 class Objective(Section):
-    """What the search minimises or maximises: a figure on the validation scenes."""
+    """What the search minimises or maximises: a figure on the validation scenes, or on the worst of
+    their strata (carbonate-bearing, barren, a region of three scenes or more)."""
 
-    metric: Literal["val/rmse", "val/pcc", "val/cosine", "val/ssim", "val/lpips"] = "val/rmse"
+    metric: Literal[
+        "val/rmse", "val/pcc", "val/cosine", "val/ssim", "val/lpips",
+        "val_worst/rmse", "val_worst/pcc", "val_worst/cosine", "val_worst/ssim", "val_worst/lpips",
+    ] = "val/rmse"  # fmt: skip
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:

@@ -15,6 +15,14 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri",
+        help="MLflow store or server; default MLFLOW_TRACKING_URI or sqlite:///mlruns/mlflow.db",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, logs on standard error")]
 
 

@@ -12,14 +12,17 @@ import os
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +37,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 log = logging.getLogger(__name__)
 
 DEFAULT_ROOT = Path("mlruns")
-Kind = Literal["study", "trial", "floor", "ceiling"]
+Kind = Literal["study", "trial", "floor", "ceiling", "evaluation", "published"]
+_READING = "crism.test_reading."
 Status = Literal["FINISHED", "KILLED", "FAILED", "RUNNING"]
 MODEL_CODE = Path(__file__).parent / "registry" / "pyfunc.py"
 _MAX_PARAM = 6000
@@ -164,6 +168,32 @@ class Tracker:
             # MLflow looks for pictures among the columns in a way that pandas 3 deprecates.
             warnings.filterwarnings("ignore", message="For backward compatibility, 'str' dtypes")
             self.client.log_table(run_id, pandas.DataFrame(list(rows)), file)
+
+    def note_test_reading(self, run_id: str, reason: str, test_digest: str) -> None:
+        """Count a reading of the test set on the experiment: with time, run, reason and the set's digest."""
+        entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "run": run_id, "reason": reason,
+                 "test_digest": test_digest}  # fmt: skip
+        with translated(self.uri):
+            # A key of its own, so that two at once do not count as one.
+            self.client.set_experiment_tag(self.experiment_id, f"{_READING}{uuid.uuid4().hex}", json.dumps(entry))
+
+    def test_readings(self) -> list[dict[str, str]]:
+        """Every reading of a test set in the experiment, oldest first: time, run, reason, test_digest."""
+        with translated(self.uri):
+            tags = self.client.get_experiment(self.experiment_id).tags
+        found = [json.loads(value) for key, value in tags.items() if key.startswith(_READING)]
+        return sorted(found, key=lambda entry: str(entry["time"]))
+
+    def read_table(self, run_id: str, file: str) -> list[dict[str, Any]]:
+        """The rows of a parquet table that a run logged (JSON would round them). Raises TrackingError where it
+        logged none."""
+        import pandas
+
+        with translated(self.uri), tempfile.TemporaryDirectory() as folder:
+            if file not in {item.path for item in self.client.list_artifacts(run_id)}:
+                raise TrackingError(f"run {run_id} has no {file}; it did not finish, or is of an older version")
+            rows = pandas.read_parquet(self.client.download_artifacts(run_id, file, folder)).to_dict("records")
+        return [{str(key): value for key, value in row.items()} for row in rows]
 
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
         """Log a checkpoint folder as a logged model (models from code, no pickle); returns its model id."""

@@ -1,7 +1,5 @@
 """From a model's output to a table of scores, the panels beside it, and the floors under it."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Sequence
@@ -20,17 +18,17 @@ from crism_mlops.config import EvaluateConfig, UNetModel
 from crism_mlops.dataset.manifest import Pair
 from crism_mlops.errors import EvaluationError, ModelError
 from crism_mlops.evaluation.evaluate import (
-    ScoreTable,
+    Predicted,
+    calibration,
     noise_seed,
     predict_images,
     predict_pairs,
     round_trips,
     score_pairs,
 )
-from crism_mlops.evaluation.metrics import METRICS
-from crism_mlops.evaluation.panels import panel
+from crism_mlops.evaluation.metrics import FIGURES
 from crism_mlops.models import instruct_pix2pix, unet
-from crism_mlops.models.floors import CopyFloor, LinearFloor, fit_linear
+from crism_mlops.models.floors import CopyFloor, LinearFloor, fit_boosted, fit_linear, fit_mean
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 
 Floats = NDArray[np.float32]
@@ -115,7 +113,7 @@ def test_a_scene_has_the_same_bits_alone_in_a_batch_and_anywhere(kind: str) -> N
 def test_scenes_bring_their_prompts_and_seeds() -> None:
     model, pairs = Half(), make_pairs()
     config = EvaluateConfig(chunk=4, seed=3)
-    outputs = predict_pairs(model, pairs, "{location} at {latitude}", config, 32)
+    outputs = predict_pairs(model, pairs, "{location} at {latitude}", config, 32).images
     assert [o.shape for o in outputs] == [p.truth.shape for p in pairs]
     _, prompts, seeds = model.calls[0]
     assert prompts == ["jezero at 18.38"] * 4
@@ -133,7 +131,7 @@ def test_noise_seeds_stay_and_differ() -> None:
 def test_round_trips_have_the_size_of_each_truth() -> None:
     model = InstructPix2Pix(make_parts(), config_of())
     pairs = make_pairs()
-    outputs = round_trips(model, pairs, 32)
+    outputs = round_trips(model, pairs, 32).images
     assert [o.shape for o in outputs] == [p.truth.shape for p in pairs]
     assert all(o.dtype == np.float32 and o.min() >= 0.0 and o.max() <= 1.0 for o in outputs)
     truth = torch.from_numpy(pairs[0].truth).permute(2, 0, 1)[None] * 2 - 1
@@ -162,35 +160,40 @@ def test_the_real_autoencoders_ceiling_is_the_measured_one(real_data: Path, tmp_
 
 def test_a_perfect_prediction_has_perfect_scores() -> None:
     pairs, told = make_pairs(), []
-    table = score_pairs([p.truth for p in pairs], pairs, on_scene=lambda done, total: told.append((done, total)))
+    table = score_pairs(
+        Predicted([p.truth for p in pairs]), pairs, on_scene=lambda done, total: told.append((done, total))
+    )
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert [r["kind"] for r in table.rows] == ["carbonate", "barren", "unknown"]
     assert [r["observation_id"] for r in table.rows] == [p.scene.observation_id for p in pairs]
-    for protocol in ("valid", "thesis"):
-        wanted = {"rmse": 0.0, "pcc": 1.0, "cosine": 1.0, "ssim": 1.0, "lpips": 0.0}
-        assert table.means(protocol) == pytest.approx(wanted, abs=1e-5)
+    wanted = {"rmse": 0.0, "pcc": 1.0, "cosine": 1.0, "ssim": 1.0, "lpips": 0.0, "spectral_angle": 0.0}
+    for protocol in ("valid", "stretch_free", "thesis"):
+        means = table.means(protocol)
+        assert means == pytest.approx({k: wanted.get(k, means[k]) for k in FIGURES[protocol]}, abs=1e-5)
 
 
 def test_what_stands_in_masked_pixels_is_not_scored() -> None:
     pair = make_pair("frt00000001")
     shown = pair.scene.valid[..., None]
     noisy = np.clip(pair.truth + 0.1, 0, 1)
-    tables = [score_pairs([np.where(shown, noisy, fill)], [pair], ("valid",)) for fill in (0.0, 1.0)]
+    tables = [score_pairs(Predicted([np.where(shown, noisy, fill)]), [pair], ("valid",)) for fill in (0.0, 1.0)]
     assert tables[0] == tables[1]
-    assert set(tables[0].rows[0]) == {"observation_id", "region", "kind", *(f"valid/{m}" for m in METRICS)}
+    assert set(tables[0].rows[0]) == {
+        "observation_id", "region", "kind", "cluster", *(f"valid/{m}" for m in FIGURES["valid"])
+    }  # fmt: skip
 
 
 def test_predictions_and_scenes_must_be_as_many() -> None:
-    with pytest.raises(ValueError, match="longer than"):
-        score_pairs([], make_pairs(), ("valid",))
+    with pytest.raises(EvaluationError, match="0 predictions for 3 scenes"):
+        score_pairs(Predicted([]), make_pairs(), ("valid",))
 
 
 def test_a_constant_prediction_warns_in_the_log_and_gives_nan(caplog: pytest.LogCaptureFixture) -> None:
     pairs = make_pairs()[:2]
     flat = np.full_like(pairs[0].truth, 0.5)
     with caplog.at_level(logging.WARNING):
-        table = score_pairs([flat, pairs[1].truth], pairs, ("valid",))
-    assert "frt00000001 (valid): pcc is undefined" in caplog.text
+        table = score_pairs(Predicted([flat, pairs[1].truth]), pairs, ("valid",))
+    assert "frt00000001: NaN for valid/pcc: the prediction is constant" in caplog.text
     means = table.means("valid")
     assert math.isnan(means["pcc"])
     assert means["rmse"] > 0.0
@@ -200,69 +203,68 @@ def test_a_constant_prediction_warns_in_the_log_and_gives_nan(caplog: pytest.Log
 def test_a_prediction_that_is_not_finite_is_an_error() -> None:
     pair = make_pair("frt00000001")
     with pytest.raises(EvaluationError, match="NaN"):
-        score_pairs([np.full_like(pair.truth, np.nan)], [pair], ("valid",))
+        score_pairs(Predicted([np.full_like(pair.truth, np.nan)]), [pair], ("valid",))
 
 
-def make_table() -> ScoreTable:
-    return ScoreTable(
-        tuple(
-            {"observation_id": f"frt{i}", "region": "jezero", "kind": "barren", **{f"valid/{m}": i + j / 10 for j, m in
-             enumerate(METRICS)}}
-            for i in range(4)
-        )
-    )  # fmt: skip
+# ---- several draws
 
 
-def test_means_are_over_the_scenes_named() -> None:
-    table = make_table()
-    assert table.means("valid")["rmse"] == pytest.approx(1.5)
-    assert table.means("valid", ["frt1", "frt3"]) == pytest.approx({m: 2.0 + j / 10 for j, m in enumerate(METRICS)})
-    assert table.means("valid", ("frt2", "frt2"))["rmse"] == pytest.approx(2.0)
+class Noisy:
+    """The input with noise of a known standard deviation, another for each seed."""
+
+    def __init__(self, deviation: float) -> None:
+        self.deviation = deviation
+
+    def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        noise = [torch.randn(images[0, :3].shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return (images[:, :3] * 0.5 + 2.0 * self.deviation * torch.stack(noise)).clamp(-1.0, 1.0)
 
 
-@pytest.mark.parametrize(("ids", "says"), [(["frt1", "frt9"], "no valid scores of frt9; 4 scenes"), ([], "any scene")])
-def test_a_mean_over_fewer_scenes_than_named_is_refused(ids: list[str], says: str) -> None:
-    with pytest.raises(EvaluationError, match=says):
-        make_table().means("valid", ids)
+def drawn_pairs() -> list[Pair]:
+    """Truth is one more draw of the same kind: the spread is then the error."""
+    rng = np.random.default_rng(2)
+    pairs = []
+    for i in range(6):
+        pair = make_pair(f"frt0000000{i}")
+        clean = (pair.image * 2.0 - 1.0) * 0.25 + 0.5
+        truth = (clean + rng.normal(0.0, 0.02, clean.shape)).astype(np.float32)
+        pairs.append(Pair(pair.scene, pair.image, np.where(pair.scene.valid[..., None], truth, 0)))
+    return pairs
 
 
-def test_the_table_is_csv() -> None:
-    rows = list(csv.DictReader(io.StringIO(make_table().csv())))
-    assert [r["observation_id"] for r in rows] == ["frt0", "frt1", "frt2", "frt3"]
-    assert float(rows[2]["valid/pcc"]) == 2.1
+def test_several_draws_are_averaged_and_their_spread_is_kept() -> None:
+    pairs = drawn_pairs()
+    one = predict_pairs(Noisy(0.02), pairs, "x", EvaluateConfig(chunk=4), 32)
+    assert one.spreads is None
+    assert calibration(one, pairs) is None
+    many = predict_pairs(Noisy(0.02), pairs, "x", EvaluateConfig(chunk=4, draws=12), 32)
+    assert many.spreads is not None
+    assert many.draw_rmse is not None
+    valid = pairs[0].scene.valid
+    assert 0.019 < many.spreads[0][valid].mean() < 0.021
+    clean = (pairs[0].image * 2.0 - 1.0) * 0.25 + 0.5
+    assert np.abs(many.images[0] - clean)[valid].mean() < 0.5 * np.abs(one.images[0] - clean)[valid].mean()
+    assert [len(r) for r in many.draw_rmse] == [12] * 6
+    # The first draw is what a single one would have been: the same random numbers for every trial.
+    table = score_pairs(one, pairs, ("valid",))
+    assert many.draw_rmse[0][0] == pytest.approx(table.rows[0]["valid/rmse"])
+    row = score_pairs(many, pairs, ("valid",)).rows[0]
+    assert row["draws/rmse_mean"] == pytest.approx(np.mean(many.draw_rmse[0]))
+    assert row["draws/rmse_variance"] == pytest.approx(np.var(many.draw_rmse[0], ddof=1))
+    assert row["valid/rmse"] < row["draws/rmse_mean"], "the mean of draws is nearer than a draw"
 
 
-# ---- panels
-
-
-def test_a_panel_has_four_columns_and_a_row_for_each_scene(tmp_path: Path) -> None:
-    pairs = make_pairs()
-    predictions = [np.clip(p.truth + 0.1, 0, 1).astype(np.float32) for p in pairs]
-    figure = panel(pairs, predictions, "three scenes")
-    axes = figure.axes[:-1]  # the last one is the colour bar
-    assert len(axes) == 3 * 4
-    assert [a.get_title() for a in axes[:4]] == ["input", "truth", "prediction", "RMS error over channels"]
-    for row, pair, prediction in zip(range(3), pairs, predictions, strict=True):
-        shown, valid = (axes[4 * row + i].images[0].get_array() for i in range(4)), pair.scene.valid
-        for array, wanted in zip(shown, (pair.image, pair.truth, prediction), strict=False):
-            np.testing.assert_allclose(np.asarray(array)[valid], wanted[valid], atol=1e-6)
-            assert (np.asarray(array)[~valid] == 0.5).all()
-        error = axes[4 * row + 3].images[0].get_array()
-        wanted = 255 * np.sqrt(((prediction - pair.truth)[valid] ** 2).mean(axis=-1))
-        np.testing.assert_allclose(error[valid], wanted, rtol=1e-4)
-        assert np.ma.getmaskarray(error)[~valid].all()
-        rmse = score_pairs([prediction], [pair], ("valid",)).rows[0]["valid/rmse"]
-        assert axes[4 * row + 3].get_xlabel() == f"RMSE {rmse:.1f}"
-        assert axes[4 * row + 3].images[0].get_clim() == (0.0, 64.0)
-    figure.savefig(tmp_path / "panel.png", dpi=50)
-    with Image.open(tmp_path / "panel.png") as image:
-        assert image.size == (500, round(50 * (2.5 * 3 + 0.6)))
-
-
-def test_a_panel_shows_the_first_three_of_four_channels() -> None:
-    pair = make_pair("frt00000001")
-    four = Pair(pair.scene, np.concatenate([pair.image, pair.image[..., :1]], axis=-1), pair.truth)
-    assert panel([four], [pair.truth], "four").axes[0].images[0].get_array().shape == (32, 32, 3)
+@pytest.mark.parametrize(("deviation", "low", "high"), [(0.02, 0.93, 0.97), (0.002, 0.0, 0.5), (0.06, 0.995, 1.0)])
+def test_calibration_tells_overconfidence(deviation: float, low: float, high: float) -> None:
+    pairs = drawn_pairs()
+    found = calibration(predict_pairs(Noisy(deviation), pairs, "x", EvaluateConfig(chunk=4, draws=12), 32), pairs)
+    assert found is not None
+    assert low <= found.coverage <= high
+    assert len(found.bins) == 10
+    assert sum(count for _, _, count in found.bins) == sum(int(p.scene.valid.sum()) * 3 for p in pairs)
+    assert [b[0] for b in found.bins] == sorted(b[0] for b in found.bins)
+    if deviation == 0.02:
+        assert found.spread == pytest.approx(found.error, rel=0.05)
 
 
 # ---- floors
@@ -334,3 +336,33 @@ def test_the_linear_floor_stays_in_range() -> None:
     predicted = floor.predict(make_pair("frt00000001"))
     assert predicted.min() == 0.0
     assert predicted.max() == 1.0
+
+
+def test_the_mean_floor_is_the_train_mean() -> None:
+    pairs = make_pairs()
+    floor = fit_mean(pairs)
+    wanted = np.concatenate([p.truth[p.scene.valid] for p in pairs]).mean(axis=0)
+    np.testing.assert_allclose(floor.mean, wanted, rtol=1e-5)
+    assert (floor.predict(pairs[1]) == np.array(floor.mean, np.float32)).all()
+
+
+def test_the_boosted_floor_learns_what_no_line_can() -> None:
+    pairs = []
+    for name in ("frt00000001", "frt00000002", "frt00000003"):
+        scene = make_scene(name, 64)
+        truth = np.where(np.abs(scene.bands - 0.5) > 0.2, np.float32(0.8), np.float32(0.2))
+        pairs.append(Pair(scene, scene.bands, truth))
+    boosted, linear = fit_boosted(pairs[:2]), fit_linear(pairs[:2])
+    valid = pairs[2].scene.valid
+    errors = [np.abs(floor.predict(pairs[2]) - pairs[2].truth)[valid].mean() for floor in (boosted, linear)]
+    assert errors[0] < 0.1 * errors[1]
+    assert (boosted.predict(pairs[2])[~valid] == 0.0).all()
+    np.testing.assert_array_equal(fit_boosted(pairs[:2]).predict(pairs[2]), boosted.predict(pairs[2]))
+
+
+@pytest.mark.parametrize("fit", [fit_mean, fit_boosted])
+def test_a_floor_without_a_pixel_is_an_error(fit: Any) -> None:
+    pair = make_pair("frt00000001")
+    blind = replace(pair.scene, valid=np.zeros_like(pair.scene.valid))
+    with pytest.raises(ModelError, match="no valid pixel"):
+        fit([Pair(blind, pair.image, pair.truth)])

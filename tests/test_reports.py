@@ -70,7 +70,7 @@ def test_study_with_everything(store: Store) -> None:
         "(chosen on validation)"
     )
     assert against_floors(status) == [
-        "s-001 and the floor copy pnr physical: beats it on rmse (11.00 against 30.00) and "
+        "s-001 and the best floor copy pnr physical: beats it on rmse (11.00 against 30.00) and "
         "does not beat it on lpips (0.750 against 0.500)"
     ]
     text = store.shown("s")
@@ -128,7 +128,7 @@ def test_floors_of_the_best_trial_s_own_input(store: Store) -> None:
     store.run("s", "linear pca physical", "floor", status="KILLED", test__rmse=1.0)
     store.run("s", "linear pca physical", "floor", params={"data.variant": "pca"}, test__rmse=5.0, test__lpips=0.2)
     assert against_floors(study_status(store.tracker, "s")) == [
-        "s-000 and the floor linear pca physical: does not beat it on rmse (5.00 against 5.00) and "
+        "s-000 and the best floor linear pca physical: does not beat it on rmse (5.00 against 5.00) and "
         "beats it on lpips (0.100 against 0.200)"
     ]
     assert "floor, killed" in store.shown("s")

@@ -71,7 +71,7 @@ class Trials:
         tracker.metrics(run_id, {objective: value, "objective": value}, 2)
         tracker.metrics(run_id, {"test/rmse": value + 1.0}, 2)
         tracker.tags(run_id, {"crism.model_id": f"m-{run_id}"})
-        return TrackedRun(run_id, value, {"test/rmse": value + 1.0})
+        return TrackedRun(run_id, value, {objective: value})
 
 
 class Bench:
@@ -532,7 +532,7 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
 
     order = told[done.run_id]
     tested = [i for i, name in enumerate(order) if name.startswith(("test", "thesis"))]
-    assert len(tested) == 15
+    assert tested
     assert min(tested) > order.index("objective")
     assert not [name for name in pruned.metrics if name.startswith(("test", "thesis"))]
 
@@ -544,28 +544,41 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
     files = {f.path for f in tracker.client.list_artifacts(done.run_id)}
     assert {"config.json", "scores_by_scene.csv", "scores_by_scene.json", "panels"} <= files
 
+    assert {"scores_by_scene.parquet", "strata.json", "validation_by_scene.json"} <= files
+    for name in ("val_worst/rmse", "test_carbonate/rmse", "test_barren/pcc", "test_stretch_free/rmse", "test/psnr",
+                 "test/carbonate_area", "test/carbonate_f1_ceiling", "val/skill", "test/skill"):  # fmt: skip
+        assert name in done.metrics, name
+
     # One path from what was logged to the logged score.
-    from crism_mlops.studies.run import evaluate_checkpoint
+    from crism_mlops.studies.score import evaluate
     from crism_mlops.tracking import download_checkpoint
 
     folder = download_checkpoint(tracker.uri, f"models:/{done.tags['crism.model_id']}")
-    result = evaluate_checkpoint(folder, sweep, simulated_scenes, "test_balanced")
-    for name, value in result["scores"]["valid"].items():
+    result = evaluate("the trial", folder, sweep, simulated_scenes, "test_balanced", tracker)
+    for name, value in result.table.means("valid").items():
         assert value == done.metrics[f"test/{name}"], name
-    assert result["data_digest"] == result["checkpoint_data_digest"] == done.params["data_digest"]
+    assert result.data_digest == result.checkpoint_data_digest == done.params["data_digest"]
 
     floors = {r.tags["crism.model"]: r for r in bench.runs("floor")}
-    assert set(floors) == {"copy", "linear"}
+    assert set(floors) == {"copy", "mean", "linear", "boosted"}
     for floor in floors.values():
         assert floor.status == "FINISHED"
-        assert set(floor.metrics) == {
-            f"{p}/{m}"
-            for p in ("val", "test", "thesis", "test_full")
-            for m in ("rmse", "pcc", "cosine", "ssim", "lpips")
-        }
+        for prefix in ("val", "test", "thesis", "test_full"):
+            assert f"{prefix}/rmse" in floor.metrics
+        assert "test/skill" not in floor.metrics
     assert floors["linear"].metrics["test/rmse"] < floors["copy"].metrics["test/rmse"]
+    best = min(floor.metrics["test/rmse"] for floor in floors.values())
+    assert done.metrics["test/skill"] == pytest.approx(1.0 - done.metrics["test/rmse"] / best)
+
+    # Each look at the test set is on the experiment's record; the pruned trial had none.
+    readings = tracker.test_readings()
+    assert [r["reason"] for r in readings] == ["floor"] * 4 + ["trial", "evaluate the trial"]
+    assert {r["test_digest"] for r in readings} == {bench.parent().params["test_digest"]}
+    assert readings[4]["run"] == done.run_id
+    assert pruned.run_id not in {r["run"] for r in readings}
 
     run_study(sweep, simulated_scenes, tracker, bench.storage, None, tmp_path / "work")
-    assert len(tracker.find(crism_study="small")) == 5, "nothing is computed twice"
+    assert len(tracker.find(crism_study="small")) == 7, "nothing is computed twice"
+    assert len(tracker.test_readings()) == 6
     assert not (tmp_path / "work" / "small").exists()
     assert [path.name for path in (tmp_path / "mlruns").iterdir()] == ["store"], "the tracker lies elsewhere"

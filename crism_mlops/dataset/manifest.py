@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Literal, overload
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from crism_mlops.cluster import Where
 from crism_mlops.config import DataConfig, SplitConfig, digest_of
+from crism_mlops.dataset.carbonate import CarbonateRule, carbonate_rule
 from crism_mlops.dataset.samples import SAMPLER_VERSION, Samples, build_samples
 from crism_mlops.dataset.split import Split, split_scenes
 from crism_mlops.dataset.variants import InputTransform, fit_transform, target_image, target_key
@@ -60,6 +61,21 @@ class Manifest:
     transform: InputTransform
     data: DataConfig
     seed: int
+    # What was fitted for one variant serves the others of the same scenes and split.
+    rules: dict[str, CarbonateRule | None] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def carbonate(self) -> CarbonateRule | None:
+        """How carbonate is told from a target image; fitted on the train scenes where it must be, once."""
+        key = digest_of([target_key(self.data), self.data.carbonate.model_dump()])
+        if key not in self.rules:
+            self.rules[key] = carbonate_rule(self.of("train"), self.data)
+        return self.rules[key]
+
+    def with_rule(self, rule: CarbonateRule) -> Manifest:
+        """The same data set with the carbonate rule that a checkpoint brings."""
+        key = digest_of([target_key(self.data), self.data.carbonate.model_dump()])
+        return replace(self, rules={key: rule})
 
     def of(self, name: SplitName) -> list[Scene]:
         """The scenes of a split, in the order of their ids."""
@@ -107,10 +123,13 @@ class Manifest:
         )
 
 
-def build_manifest(scenes: Sequence[Scene], data: DataConfig, split: SplitConfig) -> Manifest:
+def build_manifest(
+    scenes: Sequence[Scene], data: DataConfig, split: SplitConfig, rules: dict[str, CarbonateRule | None] | None = None
+) -> Manifest:
     """Split the scenes and fit what the variant needs on the train scenes alone.
 
-    Raises DatasetError for an empty split or too few scenes for a balanced test set.
+    `rules` are another variant's, of the same scenes and split. Raises DatasetError for an empty split
+    or too few scenes for a balanced test set.
     """
     parts = split_scenes(scenes, split)
     # In the order of their ids: what is fitted and every digest are then the same for any order.
@@ -118,4 +137,4 @@ def build_manifest(scenes: Sequence[Scene], data: DataConfig, split: SplitConfig
     of_train = set(parts.train)
     train = [s for s in ordered if s.observation_id in of_train]
     transform = fit_transform(train, data.variant, data.normalization, data.ranges)
-    return Manifest(tuple(ordered), parts, transform, data, split.seed)
+    return Manifest(tuple(ordered), parts, transform, data, split.seed, {} if rules is None else rules)

@@ -2,68 +2,54 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol, cast
+from typing import Any
+from typing import Protocol as Interface
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crism_mlops.config import EvaluateConfig
+from crism_mlops.config import DataConfig, EvaluateConfig
+from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.manifest import Pair
 from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.views import WHOLE, apply_view
 from crism_mlops.errors import EvaluationError
-from crism_mlops.evaluation.metrics import METRICS, PROTOCOLS, UndefinedMetricWarning, score
+from crism_mlops.evaluation.carbonate import count
+from crism_mlops.evaluation.inference import clusters_of
+from crism_mlops.evaluation.metrics import METRICS, PROTOCOLS, Protocol, score_scenes
+from crism_mlops.evaluation.scores import ScoreTable
 
 log = logging.getLogger(__name__)
 
 
-class Model(Protocol):
+class Model(Interface):
     """What predicting needs of a model."""
 
     def predict(self, images: Any, prompts: Sequence[str], seeds: Sequence[int]) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreTable:
-    """One row a scene: its id, region, kind, and `valid/*` and `thesis/*` figures."""
+class Predicted:
+    """Predictions of some scenes, H x W x 3 float32 in [0, 1] at native size, in their order.
 
-    rows: tuple[dict[str, Any], ...]
+    Of several draws of a diffusion model images holds the mean; spreads the standard deviation
+    between draws (H x W x 3 float32, one draw fewer as divisor), and draw_rmse each draw's own RMSE
+    (0..255, valid pixels). Both are None where there is one draw.
+    """
 
-    def means(self, protocol: str, ids: Sequence[str] | None = None) -> dict[str, float]:
-        """Mean of each metric over the scenes (or those named in `ids`).
-
-        NaN where any of them is undefined: a mean over fewer scenes would not say so. Raises
-        EvaluationError where there is no scene, or a named one was not scored.
-        """
-        wanted = None if ids is None else set(ids)
-        chosen = [r for r in self.rows if wanted is None or r["observation_id"] in wanted]
-        missing = sorted((wanted or set()) - {r["observation_id"] for r in chosen})
-        if missing or not chosen:
-            raise EvaluationError(
-                f"no {protocol} scores of {', '.join(missing[:5]) or 'any scene'}; "
-                f"{len(self.rows)} scenes were scored; score the same split that is averaged"
-            )
-        return {name: float(np.mean([r[f"{protocol}/{name}"] for r in chosen])) for name in METRICS}
-
-    def csv(self) -> str:
-        """The table as CSV text."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(self.rows[0]))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return buffer.getvalue()
+    images: Sequence[NDArray[np.float32]]
+    spreads: Sequence[NDArray[np.float32]] | None = None
+    draw_rmse: Sequence[tuple[float, ...]] | None = None
 
 
-def noise_seed(seed: int, observation_id: str) -> int:
-    """The scene's own noise seed, the same for all trials: 0 .. 2^31 - 1."""
-    return int.from_bytes(blake2b(f"{seed}/{observation_id}".encode(), digest_size=4).digest(), "big") >> 1
+def noise_seed(seed: int, observation_id: str, draw: int = 0) -> int:
+    """The scene's own noise seed of a draw, the same for all trials: 0 .. 2^31 - 1."""
+    text = f"{seed}/{observation_id}" + (f"/{draw}" if draw else "")
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
 def predict_images(
@@ -97,47 +83,129 @@ def predict_images(
 
 
 def predict_pairs(
-    model: Model, pairs: Sequence[Pair], template: str, config: EvaluateConfig, resolution: int
-) -> list[NDArray[np.float32]]:
-    """`predict_images` for scenes, a chunk of them in memory: prompts from their metadata, noise from their ids."""
-    outputs: list[NDArray[np.float32]] = []
+    model: Model,
+    pairs: Sequence[Pair],
+    template: str,
+    config: EvaluateConfig,
+    resolution: int,
+    prompts: Sequence[str] | None = None,
+) -> Predicted:
+    """`predict_images` for scenes, a chunk of them in memory: prompts from their metadata (or as given),
+    noise from their ids."""
+    images: list[NDArray[np.float32]] = []
+    spreads: list[NDArray[np.float32]] = []
+    draw_rmse: list[tuple[float, ...]] = []
     for start in range(0, len(pairs), config.chunk):
         part = pairs[start : start + config.chunk]
-        outputs += predict_images(
-            model,
-            [p.image for p in part],
-            [scene_prompt(template, p.scene) for p in part],
-            [noise_seed(config.seed, p.scene.observation_id) for p in part],
-            resolution,
-            config.chunk,
+        words = (
+            [scene_prompt(template, p.scene) for p in part] if prompts is None else prompts[start : start + len(part)]
         )
-    return outputs
+        draws = [
+            predict_images(
+                model,
+                [p.image for p in part],
+                words,
+                [noise_seed(config.seed, p.scene.observation_id, draw) for p in part],
+                resolution,
+                config.chunk,
+            )
+            for draw in range(config.draws)
+        ]
+        if config.draws == 1:
+            images += draws[0]
+            continue
+        for pair, *drawn in zip(part, *draws, strict=True):
+            stack = np.stack(drawn)
+            images.append(stack.mean(axis=0))
+            spreads.append(stack.std(axis=0, ddof=1))
+            errors = (stack - pair.truth)[:, pair.scene.valid].astype(np.float64)
+            draw_rmse.append(tuple(255.0 * np.sqrt((errors**2).mean(axis=(1, 2)))))
+    return Predicted(images) if config.draws == 1 else Predicted(images, spreads, draw_rmse)
 
 
 def score_pairs(
-    predictions: Sequence[NDArray[np.float32]],
+    predictions: Predicted,
     pairs: Sequence[Pair],
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[Protocol] = PROTOCOLS,
     on_scene: Callable[[int, int], None] = lambda done, total: None,
+    rule: CarbonateRule | None = None,
+    data: DataConfig | None = None,
+    device: str = "cpu",
 ) -> ScoreTable:
-    """Score each prediction against its scene's truth in the named protocols."""
-    rows = []
-    for done, (prediction, pair) in enumerate(zip(predictions, pairs, strict=True), start=1):
-        scene = pair.scene
-        row: dict[str, Any] = {"observation_id": scene.observation_id, "region": scene.region, "kind": scene.kind}
-        for protocol in protocols:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UndefinedMetricWarning)
-                figures = score(prediction, pair.truth, scene.valid, protocol=cast(Any, protocol))
-            for warning in caught:
-                log.warning("%s (%s): %s", scene.observation_id, protocol, warning.message)
-            row |= {f"{protocol}/{name}": figures[name] for name in METRICS}
+    """Score each prediction against its scene's truth in the named protocols.
+
+    With `rule` and the data section that it is for, carbonate is counted in scenes that have a mask.
+    What is undefined for a scene is logged. Raises EvaluationError for numbers of predictions and
+    scenes that differ.
+    """
+    images = predictions.images
+    if len(images) != len(pairs):
+        raise EvaluationError(f"{len(images)} predictions for {len(pairs)} scenes; expected one each")
+    # Each pair is rendered when it is asked for: once here.
+    scenes, truths = zip(*((pair.scene, pair.truth) for pair in pairs), strict=True) if images else ((), ())
+    scored = score_scenes(images, truths, [s.valid for s in scenes], protocols, device=device, on_scene=on_scene)
+    rows: list[dict[str, Any]] = []
+    counts, ceilings = {}, {}
+    for index, (scene, cluster, one) in enumerate(zip(scenes, clusters_of(scenes), scored, strict=True)):
+        identity = scene.observation_id
+        row: dict[str, Any] = {
+            "observation_id": identity, "region": scene.region, "kind": scene.kind, "cluster": cluster, **one.figures
+        }  # fmt: skip
+        # A constant channel is usual in a floor; what has no figure for the whole scene spoils a mean.
+        if lacking := [f"{key}: {why}" for key, why in one.undefined.items() if key.split("/")[1] in METRICS]:
+            log.warning("%s: NaN for %s", identity, "; ".join(lacking))
+        if predictions.draw_rmse is not None:
+            row |= {"draws/rmse_mean": float(np.mean(predictions.draw_rmse[index])),
+                    "draws/rmse_variance": float(np.var(predictions.draw_rmse[index], ddof=1))}  # fmt: skip
+        if rule is not None and data is not None and scene.carbonate is not None:
+            counts[identity] = count(images[index], scene.carbonate, scene.valid, rule, data)
+            ceilings[identity] = count(truths[index], scene.carbonate, scene.valid, rule, data)
         rows.append(row)
-        on_scene(done, len(pairs))
-    return ScoreTable(tuple(rows))
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["observation_id"])
+    return ScoreTable(tuple(rows[i] for i in order), counts, ceilings)
 
 
-def round_trips(model: Any, pairs: Sequence[Pair], resolution: int) -> list[NDArray[np.float32]]:
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Whether the spread between draws tells the error of their mean.
+
+    bins: mean predicted standard deviation, RMS error (both 0..255) and number of values, by tenths
+    of the predicted deviation; spread, error: RMS of both over all; coverage: share of the values
+    whose truth lies within the 95 % interval that the draws predict. The predicted deviation is that
+    of truth minus mean of k draws, were truth one draw more: s sqrt(1 + 1/k).
+    """
+
+    bins: tuple[tuple[float, float, int], ...]
+    spread: float
+    error: float
+    coverage: float
+
+
+def calibration(predictions: Predicted, pairs: Sequence[Pair]) -> Calibration | None:
+    """Calibration over valid pixels and channels; None where there is one draw."""
+    if predictions.spreads is None or predictions.draw_rmse is None:
+        return None
+    from scipy.stats import t
+
+    draws = len(predictions.draw_rmse[0])
+    spreads, errors = [], []
+    for index, (image, spread) in enumerate(zip(predictions.images, predictions.spreads, strict=True)):
+        pair = pairs[index]
+        spreads.append(255.0 * spread[pair.scene.valid].ravel() * np.sqrt(1.0 + 1.0 / draws))
+        errors.append(255.0 * np.abs(image - pair.truth)[pair.scene.valid].ravel())
+    predicted, error = np.concatenate(spreads), np.concatenate(errors)
+    order = np.argsort(predicted, kind="stable")
+    bins = tuple(
+        (float(predicted[part].mean()), float(np.sqrt((error[part] ** 2).mean())), len(part))
+        for part in np.array_split(order, 10)
+        if len(part)
+    )
+    within = error <= t.ppf(0.975, draws - 1) * predicted
+    rms = [float(np.sqrt((values**2).mean())) for values in (predicted, error)]
+    return Calibration(bins, rms[0], rms[1], float(within.mean()))
+
+
+def round_trips(model: Any, pairs: Sequence[Pair], resolution: int) -> Predicted:
     """The truth through the autoencoder at `resolution` and back to native size: the ceiling."""
     from torchvision.transforms.v2 import functional as tf
 
@@ -146,4 +214,4 @@ def round_trips(model: Any, pairs: Sequence[Pair], resolution: int) -> list[NDAr
         image, _ = apply_view(pair.truth, pair.scene.valid, WHOLE, resolution)
         decoded = tf.resize(model.round_trip(image[None])[0], list(pair.truth.shape[:2]), antialias=True)
         outputs.append(((decoded + 1.0) / 2.0).clamp(0.0, 1.0).permute(1, 2, 0).contiguous().numpy())
-    return outputs
+    return Predicted(outputs)

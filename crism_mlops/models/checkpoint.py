@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from crism_mlops.config import RunConfig
+from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.variants import InputTransform
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
@@ -33,7 +34,8 @@ _REFUSED = {
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What `crism.json` says: the run's configuration, the input transform, the data digest, the
-    epoch and step it was taken at, its validation score, and a digest of every other file."""
+    epoch and step it was taken at, its validation score, a digest of every other file, and how
+    carbonate is told from its predictions (None: of an older version, or nobody knows)."""
 
     config: RunConfig
     transform: InputTransform
@@ -42,6 +44,7 @@ class Checkpoint:
     step: int
     score: float | None
     files: dict[str, str]
+    carbonate: CarbonateRule | None = None
 
 
 def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -65,6 +68,7 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
             "step": checkpoint.step,
             "score": checkpoint.score,
             "files": files,
+            "carbonate": None if checkpoint.carbonate is None else asdict(checkpoint.carbonate),
         }
         (partial / CARD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -107,7 +111,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         transform = _transform(content["transform"])
         checkpoint = Checkpoint(
             config, transform, str(content["data_digest"]), int(content["epoch"]), int(content["step"]),
-            content["score"], dict(content["files"]),
+            content["score"], dict(content["files"]), _rule(content.get("carbonate")),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(f"{card}: damaged or of another version ({' '.join(str(error).split())[:160]})") from error
@@ -137,10 +141,15 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[UNet | InstructP
 
 
 def _transform(content: dict[str, Any]) -> InputTransform:
-    def frozen(value: Any) -> Any:
-        return tuple(frozen(v) for v in value) if isinstance(value, list) else value
+    return InputTransform(**{name: _frozen(value) for name, value in content.items()})
 
-    return InputTransform(**{name: frozen(value) for name, value in content.items()})
+
+def _rule(content: dict[str, Any] | None) -> CarbonateRule | None:
+    return None if content is None else CarbonateRule(**{name: _frozen(value) for name, value in content.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 def _digest(path: Path) -> str:

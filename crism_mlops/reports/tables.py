@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import error_sign
@@ -74,6 +74,10 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
         for metric in _METRICS:
             arrow = "↓" if error_sign(metric) > 0 else "↑"
             table.add_column(f"{metric} {arrow}", justify="right")
+            if metric == "rmse":
+                table.add_column("95 %", justify="right")
+        if prefix == "test":
+            table.add_column("skill ↑", justify="right")
         for status in statuses:
             order = {"trial": 0, "floor": 1, "ceiling": 2}
             for row in sorted(status["rows"], key=lambda r: order.get(r["kind"], 3)):
@@ -85,7 +89,7 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
                     ("* " if best else "") + row["run"],
                     state,
                     _settings(row["settings"]) if row["kind"] == "trial" else "",
-                    *(_figure(row["scores"].get(f"{prefix}/{m}"), m) for m in _METRICS),
+                    *_figures(row["scores"], prefix),
                     style="bold" if best else ("dim" if row["kind"] != "trial" else ""),
                 )
             table.add_section()
@@ -96,31 +100,46 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
 def headline(status: dict[str, Any]) -> str:
     """One line: how many trials, in which state, and the best one's objective."""
     counts = ", ".join(f"{n} {state}" for state, n in status["counts"].items()) or "no trials yet"
-    best = next((r for r in status["rows"] if r["run_id"] == status["best_run_id"]), None)
+    best = _best_row(status)
     value = "" if best is None else f"; best {best['run']}: {status['objective']} " + _figure(
         best["scores"].get(status["objective"]), status["objective"].split("/")[-1]
     )  # fmt: skip
     return f"{status['study']} ({status['model']}): {counts} of {status['trials_total']}{value} (chosen on validation)"
 
 
-def against_floors(status: dict[str, Any]) -> list[str]:
-    """For the best trial: does it beat each floor of its own input variant, on test?"""
-    best = next((r for r in status["rows"] if r["run_id"] == status["best_run_id"]), None)
+def against_floors(status: dict[str, Any], statuses: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """For the best trial: does it beat copying, the best floor of its own input variant, and the best U-Net
+    among `statuses` (of the same experiment), on test?"""
+    best = _best_row(status)
     if best is None:
         return []
-    lines = []
     variant, normalization = (best["settings"].get(f"data.{k}") for k in ("variant", "normalization"))
-    for row in status["rows"]:
-        own = (row["settings"].get("data.variant"), row["settings"].get("data.normalization"))
-        if row["kind"] != "floor" or row["state"] != "finished" or own != (variant, normalization):
-            continue
+    floors = [
+        row
+        for row in status["rows"]
+        if row["kind"] == "floor"
+        and row["state"] == "finished"
+        and (row["settings"].get("data.variant"), row["settings"].get("data.normalization")) == (variant, normalization)
+    ]
+    strongest = min(floors, key=lambda r: r["scores"].get("test/rmse", math.inf), default=None)
+    shown = [("the floor", r) for r in floors if r["run"].startswith("copy ") and r is not strongest]
+    shown += [("the best floor", strongest)] if strongest is not None else []
+    if status["model"] != "unet":
+        nets = [row for one in statuses if one["model"] == "unet" and (row := _best_row(one)) is not None]
+        shown += [("the U-Net", row) for row in sorted(nets, key=lambda r: r["scores"].get("test/rmse", math.inf))[:1]]
+    lines = []
+    for what, row in shown:
         words = []
         for metric in ("rmse", "lpips"):
-            mine, floor = (r["scores"].get(f"test/{metric}", math.nan) for r in (best, row))
-            verdict = "beats" if mine < floor else "does not beat"
-            words.append(f"{verdict} it on {metric} ({_figure(mine, metric)} against {_figure(floor, metric)})")
-        lines.append(f"{best['run']} and the floor {row['run']}: {' and '.join(words)}")
+            mine, other = (r["scores"].get(f"test/{metric}", math.nan) for r in (best, row))
+            verdict = "beats" if mine < other else "does not beat"
+            words.append(f"{verdict} it on {metric} ({_figure(mine, metric)} against {_figure(other, metric)})")
+        lines.append(f"{best['run']} and {what} {row['run']}: {' and '.join(words)}")
     return lines
+
+
+def _best_row(status: dict[str, Any]) -> dict[str, Any] | None:
+    return next((r for r in status["rows"] if r["run_id"] == status["best_run_id"]), None)
 
 
 def _settings(settings: dict[str, str]) -> str:
@@ -131,6 +150,16 @@ def _settings(settings: dict[str, str]) -> str:
             value = f"{float(value):.2g}"
         parts.append(f"{name}={value if len(value) <= 34 else value[:31] + '...'}")
     return " ".join(parts)
+
+
+def _figures(scores: Mapping[str, float], prefix: str) -> list[str]:
+    """The five metrics, after RMSE its interval, and at the end the skill where the table has one."""
+    cells = [_figure(scores.get(f"{prefix}/{m}"), m) for m in _METRICS]
+    low, high = (scores.get(f"{prefix}/rmse_{end}") for end in ("low", "high"))
+    cells.insert(1, "too few" if low is None or high is None else f"{low:.2f}-{high:.2f}")
+    if cells[0] == "-":
+        cells[1] = "-"
+    return [*cells, _figure(scores.get("test/skill"), "skill")] if prefix == "test" else cells
 
 
 def _figure(value: float | None, metric: str) -> str:

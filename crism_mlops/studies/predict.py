@@ -91,7 +91,8 @@ def predict_scene(folder: Path, place: Path, device: str = "auto", bands: tuple[
     shown = checkpoint.transform.image(scene)
     kind = (data.target, data.target_normalization, data.ranges)
     truth = target_image(scene, *kind) if source.has_truth else None
-    (scaled,) = predict(model, config)([Pair(scene, shown, np.zeros_like(scene.target) if truth is None else truth)])
+    blank = np.zeros_like(scene.target) if truth is None else truth
+    (scaled,) = predict(model, config)([Pair(scene, shown, blank)]).images
     names = TARGET_PARAMETERS[data.target]
     physical = target_has_inverse(data.target_normalization)
     return Prediction(

@@ -1,44 +1,42 @@
-"""RunConfig -> TrackedRun: the whole of one trial, and the floors and the ceiling beside it."""
+"""RunConfig -> TrackedRun: the whole of one trial. The only reader of the test set."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from crism_mlops.config import InstructPix2PixModel, RunConfig, error_sign
+from crism_mlops.config import RunConfig, error_sign
 from crism_mlops.dataset.manifest import Manifest, Pair
-from crism_mlops.dataset.split import split_scenes
 from crism_mlops.dataset.variants import channels
 from crism_mlops.errors import EvaluationError
-from crism_mlops.evaluation.evaluate import ScoreTable, noise_seed, predict_pairs, round_trips, score_pairs
-from crism_mlops.evaluation.metrics import PROTOCOLS
-from crism_mlops.evaluation.panels import panel
+from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
+from crism_mlops.evaluation.metrics import METRICS
+from crism_mlops.evaluation.panels import Case, calibration_figure, panel
+from crism_mlops.evaluation.scores import ScoreTable, as_csv
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from crism_mlops.models.floors import CopyFloor, fit_linear
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.models.unet import UNet
-from crism_mlops.scenes.scene import Scene
-from crism_mlops.tracking import Kind, Tracker, flat_json
+from crism_mlops.tracking import Tracker, flat_json
 from crism_mlops.training import train
 
 log = logging.getLogger(__name__)
-Predict = Callable[[Sequence[Pair]], list[NDArray[np.float32]]]
+Predict = Callable[[Sequence[Pair]], Predicted]
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """One finished trial: its run, its objective, all scores that were logged."""
+    """One finished trial: its run, its objective, its scores on validation scenes."""
 
     run_id: str
     objective: float
@@ -85,8 +83,9 @@ def run_trial(
 ) -> TrackedRun:
     """Train, keep the best epoch, fix the objective on validation scenes, then score test once.
 
-    `objective` is a metric such as "val/rmse". `work` is a folder of the trial's own, removed at
-    the end. What `hooks.report` raises passes through; nothing is scored on test then.
+    `objective` is a metric such as "val/rmse" or "val_worst/rmse". `work` is a folder of the trial's
+    own, removed at the end. What `hooks.report` raises passes through; nothing is scored on test then,
+    and no figure of the test set is returned: they go to the tracker alone.
     """
     started = time.monotonic()
     shutil.rmtree(work, ignore_errors=True)
@@ -100,9 +99,9 @@ def run_trial(
         trained, checkpoint = load_checkpoint(best, resolve_device(config.device))
         predictor = predict(trained, config)
         hooks.phase("scoring validation scenes")
-        scores = prefixed("val", score_pairs(predictor(validation), validation, ("valid",)).means("valid"))
+        scores = log_validation(tracker, run_id, manifest, predictor, config)
         value = scores[objective]
-        tracker.metrics(run_id, {**scores, "objective": value}, config.train.epochs)
+        tracker.metrics(run_id, {"objective": value}, config.train.epochs)
         if not math.isfinite(value):
             raise EvaluationError(
                 f"{objective} is {value} on the validation scenes: one of them is constant or shows nothing, or the "
@@ -110,7 +109,7 @@ def run_trial(
             )
         # The objective stands; only now is the test set looked at.
         hooks.phase("scoring test scenes")
-        scores |= log_test(tracker, run_id, manifest, predictor, config)
+        log_test(tracker, run_id, manifest, predictor, config, "trial")
         costs = {
             "cost/train_seconds": training_seconds,
             "cost/validation_share": sampling_seconds / max(training_seconds, 1e-9),
@@ -169,7 +168,9 @@ def fit(
         if epoch % config.train.validate_every and epoch != config.train.epochs:
             return
         begun = time.monotonic()
-        figures = prefixed("val", score_pairs(predictor(quick), quick, ("valid",)).means("valid"))
+        table = score_pairs(predictor(quick), quick, ("valid",), device=scoring_device(config))
+        means = table.means("valid")
+        figures = {f"val/{m}": means[m] for m in METRICS} | {f"val_worst/{m}": table.worst(m) for m in METRICS}
         sampling_seconds += time.monotonic() - begun
         tracker.metrics(run_id, figures, epoch)
         error = error_sign(objective) * figures[objective]
@@ -179,7 +180,16 @@ def fit(
             save_checkpoint(
                 model,
                 best,
-                Checkpoint(config, manifest.transform, manifest.digest, epoch, steps, figures[objective], {}),
+                Checkpoint(
+                    config,
+                    manifest.transform,
+                    manifest.digest,
+                    epoch,
+                    steps,
+                    figures[objective],
+                    {},
+                    manifest.carbonate,
+                ),
             )
         hooks.report(epoch, figures)
 
@@ -190,23 +200,47 @@ def fit(
 
 def predict(model: UNet | InstructPix2Pix, config: RunConfig) -> Predict:
     """The prediction path of evaluation and serving, bound to a model."""
-    template = config.model.prompt if config.model.kind == "instruct_pix2pix" else ""
-    return lambda pairs: predict_pairs(model, pairs, template, config.evaluate, config.data.resolution)
+    if config.model.kind == "instruct_pix2pix":
+        template, evaluate = config.model.prompt, config.evaluate
+    else:
+        # Nothing in it is random: every draw is the same.
+        template, evaluate = "", config.evaluate.model_copy(update={"draws": 1})
+    return lambda pairs: predict_pairs(model, pairs, template, evaluate, config.data.resolution)
+
+
+def log_validation(
+    tracker: Tracker, run_id: str, manifest: Manifest, predictor: Predict, config: RunConfig
+) -> dict[str, float]:
+    """Score a predictor on all validation scenes; log metrics by stratum, skill and a table by scene."""
+    pairs = manifest.pairs("validation")
+    table = score_pairs(
+        predictor(pairs), pairs, ("valid", "stretch_free"), rule=manifest.carbonate, data=manifest.data,
+        device=scoring_device(config),
+    )  # fmt: skip
+    scores = {**table.summary("val"), **table.strata_summary("val")}
+    scores |= skill(tracker, run_id, manifest, scores)
+    tracker.metrics(run_id, scores, config.train.epochs)
+    for file in ("validation_by_scene.json", "validation_by_scene.parquet"):
+        tracker.table(run_id, table.records(), file)
+    return scores
 
 
 def log_test(
-    tracker: Tracker, run_id: str, manifest: Manifest, predictor: Predict, config: RunConfig
+    tracker: Tracker, run_id: str, manifest: Manifest, predictor: Predict, config: RunConfig, reason: str
 ) -> dict[str, float]:
-    """Score a predictor on the test scenes, both protocols; log metrics, table and panel."""
-    pairs = manifest.pairs("test")
-    predictions = predictor(pairs)
-    table = score_pairs(predictions, pairs)
+    """Score a predictor on the test scenes in every protocol; log metrics, tables and panel."""
+    pairs = read_test(tracker, manifest, run_id, reason)
+    predicted = predictor(pairs)
+    table = score_pairs(predicted, pairs, rule=manifest.carbonate, data=manifest.data, device=scoring_device(config))
     balanced = manifest.split.test_balanced
     scores = {
-        **prefixed("test", table.means("valid", balanced)),
-        **prefixed("thesis", table.means("thesis", balanced)),
-        **prefixed("test_full", table.means("valid")),
+        **table.summary("test", balanced),
+        **table.of(balanced).bounded("thesis", {m: f"thesis/{m}" for m in METRICS}),
+        **table.summary("test_full"),
+        **table.strata_summary("test"),
     }
+    scores |= skill(tracker, run_id, manifest, scores)
+    scores |= log_draws(tracker, run_id, predicted, pairs, table)
     tracker.metrics(run_id, scores, config.train.epochs)
     # With its noise seed, a scene's prediction can be asked of the served model again.
     rows = [
@@ -215,64 +249,98 @@ def log_test(
             "balanced": row["observation_id"] in balanced,
             "noise_seed": noise_seed(config.evaluate.seed, row["observation_id"]),
         }
-        for row in table.rows
+        for row in table.records()
     ]
-    tracker.text(run_id, ScoreTable(tuple(rows)).csv(), "scores_by_scene.csv")
-    tracker.table(run_id, rows, "scores_by_scene.json")
-    shown = spread(list(range(len(pairs))), config.evaluate.panel_scenes)
-    figure = panel([pairs[i] for i in shown], [predictions[i] for i in shown], f"test scenes, {config.data.variant}")
-    tracker.figure(run_id, figure, "panels/test.png")
+    tracker.text(run_id, as_csv(rows), "scores_by_scene.csv")
+    for file in ("scores_by_scene.json", "scores_by_scene.parquet"):
+        tracker.table(run_id, rows, file)
+    tracker.table(run_id, table.strata_rows(), "strata.json")
+    cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes)
+    tracker.figure(run_id, panel(cases, f"test scenes, {config.data.variant}"), "panels/test.png")
     return scores
 
 
-def log_floors(
-    tracker: Tracker, config: RunConfig, manifest: Manifest, tags: Mapping[str, str], parent: str, *, ceiling: bool
-) -> None:
-    """Copy (where it means something), linear, and the ceiling: each a run, scored like a trial.
+def read_test(tracker: Tracker, manifest: Manifest, run_id: str, reason: str) -> Sequence[Pair]:
+    """The test scenes, and a note on the experiment that they were read: the only way to them."""
+    tracker.note_test_reading(run_id, reason, manifest.test_digest)
+    return manifest.pairs("test")
 
-    What stands already for the same study, variant and data is not computed again.
-    """
-    variant, normalization = config.data.variant, config.data.normalization
-    done = {
-        (r.tags.get("crism.model"), r.tags.get("crism.variant"), r.tags.get("crism.normalization"))
-        for r in tracker.find(crism_study=tags["crism.study"])
-        if r.status == "FINISHED" and r.kind in ("floor", "ceiling") and r.params.get("data_digest") == manifest.digest
+
+def log_draws(
+    tracker: Tracker, run_id: str, predicted: Predicted, pairs: Sequence[Pair], table: ScoreTable
+) -> dict[str, float]:
+    """Calibration of several draws as a figure and a table; the variance of RMSE between draws of a
+    scene and between scenes. Nothing where there is one draw."""
+    calibrated = calibration(predicted, pairs)
+    if calibrated is None:
+        return {}
+    tracker.figure(
+        run_id, calibration_figure(calibrated.bins, "spread between draws against error"), "panels/calibration.png"
+    )
+    tracker.text(run_id, json.dumps(asdict(calibrated), indent=2), "calibration.json")
+    return {
+        "test_full/draws_spread": calibrated.spread,
+        "test_full/draws_error": calibrated.error,
+        "test_full/draws_coverage_95": calibrated.coverage,
+        "test_full/rmse_variance_draws": float(np.mean([r["draws/rmse_variance"] for r in table.rows])),
+        "test_full/rmse_variance_scenes": float(np.var([r["draws/rmse_mean"] for r in table.rows], ddof=1))
+        if len(table.rows) > 1
+        else math.nan,
     }
-    floors: list[tuple[str, Kind]] = [("linear", "floor")]
-    if variant not in ("pca", "cassis4"):
-        floors.insert(0, ("copy", "floor"))
-    if ceiling:
-        floors.append(("vae-round-trip", "ceiling"))
-    for name, kind in floors:
-        if (name, variant, normalization) in done:
-            continue
-        # The round trip sees the truth alone: the input variant plays no part in it.
-        label = name if kind == "ceiling" else f"{name} {variant} {normalization}"
-        own = {"crism.model": name, "crism.variant": variant, "crism.normalization": normalization}
-        params = {"data.variant": variant, "data.normalization": normalization, "data_digest": manifest.digest}
-        run_id = tracker.start(label, kind, {**tags, **own}, params, parent)
-        try:
-            predictor = floor_predictor(name, config, manifest)
-            validation = manifest.pairs("validation")
-            scores = prefixed("val", score_pairs(predictor(validation), validation, ("valid",)).means("valid"))
-            tracker.metrics(run_id, scores, config.train.epochs)
-            log_test(tracker, run_id, manifest, predictor, config)
-        except Exception as error:
-            tracker.fail(run_id, error)
-            raise
-        tracker.end(run_id, "FINISHED")
 
 
-def floor_predictor(name: str, config: RunConfig, manifest: Manifest) -> Predict:
-    """A floor or the ceiling as a predictor: copy, linear (fitted on train scenes) or vae-round-trip."""
-    if name == "copy":
-        return lambda pairs: [CopyFloor().predict(p) for p in pairs]
-    if name == "linear":
-        linear = fit_linear(manifest.pairs("train"))
-        return lambda pairs: [linear.predict(p) for p in pairs]
-    assert isinstance(config.model, InstructPix2PixModel)
-    model = instruct_pix2pix.build(config.model, config.seed, resolve_device(config.device))
-    return lambda pairs: round_trips(model, pairs, config.data.resolution)
+def panel_cases(
+    predicted: Predicted, pairs: Sequence[Pair], table: ScoreTable, manifest: Manifest, count: int
+) -> list[Case]:
+    """The best, the median and the worst scene by RMSE (more of them evenly in between), as rows of a panel."""
+    place = {scene.observation_id: i for i, scene in enumerate(manifest.of("test"))}
+    ranked = sorted(table.rows, key=lambda r: (math.isnan(r["valid/rmse"]), r["valid/rmse"]))
+    chosen = spread(list(range(len(ranked))), count)
+    words = {0: "best", len(ranked) - 1: "worst", (len(ranked) - 1) // 2: "median"}
+    if len(chosen) == 3:
+        chosen[1] = (len(ranked) - 1) // 2
+    rule, cases = manifest.carbonate, []
+    for rank in chosen:
+        index = place[ranked[rank]["observation_id"]]
+        pair, image = pairs[index], predicted.images[index]
+        found = None
+        if rule is not None and pair.scene.carbonate is not None:
+            found = (rule.score(image, manifest.data) > rule.threshold) & pair.scene.valid
+        deviation = None if predicted.spreads is None else 255.0 * predicted.spreads[index].mean(axis=-1)
+        cases.append(Case(words.get(rank, f"rank {rank + 1}"), pair, image, found, deviation))
+    return cases
+
+
+def skill(tracker: Tracker, run_id: str, manifest: Manifest, scores: Mapping[str, float]) -> dict[str, float]:
+    """`PREFIX/skill`: 1 - RMSE over that of the best floor of the same study, variant and normalisation.
+
+    0 is as good as the floor, 1 perfect. Floors themselves, and runs without floors, have none.
+    """
+    tags = tracker.run(run_id).tags
+    if tags.get("crism.kind") not in ("trial", "evaluation") or "crism.study" not in tags:
+        return {}
+    transform = manifest.transform
+    floors = [
+        r
+        for r in tracker.find(crism_study=tags["crism.study"])
+        if r.kind == "floor"
+        and r.status == "FINISHED"
+        and r.params.get("data_digest") == manifest.digest
+        and (r.tags.get("crism.variant"), r.tags.get("crism.normalization"))
+        == (transform.variant, transform.normalization)
+    ]
+    found = {}
+    for key in ("val/rmse", "test/rmse", "test_full/rmse"):
+        errors = [r.metrics[key] for r in floors if math.isfinite(r.metrics.get(key, math.nan))]
+        if key in scores and errors and min(errors) > 0.0:
+            found[key.replace("rmse", "skill")] = 1.0 - scores[key] / min(errors)
+    return found
+
+
+def scoring_device(config: RunConfig) -> str:
+    """Metrics are computed where the model is, but for Apple's GPUs, which have no double precision."""
+    device = resolve_device(config.device)
+    return "cpu" if device == "mps" else device
 
 
 def model_card(config: RunConfig, manifest: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -343,46 +411,8 @@ def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-def prefixed(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in figures.items()}
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators for libraries that use them."""
     from accelerate.utils import set_seed
 
     set_seed(seed)
-
-
-def evaluate_checkpoint(folder: Path, config: RunConfig, scenes: Sequence[Scene], split: str) -> dict[str, Any]:
-    """Score a checkpoint on a split of a sweep's scenes, in both protocols.
-
-    The input transform is the checkpoint's own (its PCA is not fitted again).
-    Raises EvaluationError for an unknown split, or a sweep whose target is another one.
-    """
-    if split not in ("train", "validation", "test", "test_balanced"):
-        raise EvaluationError(f"--split {split}: expected train, validation, test or test_balanced")
-    model, checkpoint = load_checkpoint(folder, resolve_device(config.device))
-    own = checkpoint.config
-    for name in ("target", "target_normalization", "ranges"):
-        trained, asked = getattr(own.data, name), getattr(config.data, name)
-        if trained != asked:
-            raise EvaluationError(
-                f"{folder}: trained with data.{name} {trained}, the sweep says {asked}; its predictions and that truth "
-                f"are not on one scale: add --set data.{name}={trained}"
-            )
-    data = config.data.model_copy(update={"variant": own.data.variant, "normalization": own.data.normalization,
-                                          "resolution": own.data.resolution})  # fmt: skip
-    manifest = Manifest(
-        tuple(scenes), split_scenes(scenes, config.split), checkpoint.transform, data, config.split.seed
-    )
-    pairs = manifest.pairs(split)  # type: ignore[arg-type]
-    table = score_pairs(predict(model, own)(pairs), pairs)
-    return {
-        "checkpoint_data_digest": checkpoint.data_digest,
-        "data_digest": manifest.digest,
-        "split": split,
-        "scenes": len(pairs),
-        "scores": {protocol: table.means(protocol) for protocol in PROTOCOLS},
-        "by_scene": list(table.rows),
-    }

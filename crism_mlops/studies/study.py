@@ -22,8 +22,9 @@ from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StudyError, TrackingError, one_line
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.scene import Scene
+from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
-from crism_mlops.studies.run import Hooks, log_configuration, log_floors, run_trial
+from crism_mlops.studies.run import Hooks, log_configuration, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
 from crism_mlops.tracking import DEFAULT_ROOT, Tracker, git_commit, shown, sqlite_path
 
@@ -124,7 +125,8 @@ class _Call:
         """The manifest of a data section, made once."""
         key = data.model_dump_json()
         if key not in self.manifests:
-            self.manifests[key] = build_manifest(self.scenes, data, self.sweep.split)
+            rules = next(iter(self.manifests.values())).rules
+            self.manifests[key] = build_manifest(self.scenes, data, self.sweep.split, rules)
         return self.manifests[key]
 
 
@@ -237,7 +239,7 @@ def input_manifests(sweep: SweepConfig, scenes: Sequence[Scene], base: Manifest)
     for variant, normalization in input_variants(sweep):
         data = sweep.run_config({"data.variant": variant, "data.normalization": normalization}).data
         if (key := data.model_dump_json()) not in manifests:
-            manifests[key] = build_manifest(scenes, data, sweep.split)
+            manifests[key] = build_manifest(scenes, data, sweep.split, base.rules)
     return manifests
 
 

@@ -1,0 +1,293 @@
+"""Score anything that predicts: a checkpoint, a floor, images made elsewhere; compare it with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crism_mlops.config import RunConfig, SweepConfig
+from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, build_manifest
+from crism_mlops.dataset.split import split_scenes
+from crism_mlops.dataset.variants import physical_ranges, target_has_inverse
+from crism_mlops.errors import EvaluationError
+from crism_mlops.evaluation.evaluate import Predicted, predict_pairs, score_pairs
+from crism_mlops.evaluation.inference import Difference
+from crism_mlops.evaluation.prompts import PromptScores, prompt_scores
+from crism_mlops.evaluation.scores import ScoreTable, compared
+from crism_mlops.models.checkpoint import CARD, load_checkpoint
+from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
+from crism_mlops.scenes.targets import TARGET_PARAMETERS
+from crism_mlops.studies.floors import floor_predictor
+from crism_mlops.studies.run import (
+    Predict,
+    log_configuration,
+    log_test,
+    log_validation,
+    predict,
+    read_test,
+    resolve_device,
+    scoring_device,
+)
+
+if TYPE_CHECKING:
+    from crism_mlops.scenes.scene import Scene
+    from crism_mlops.tracking import RunInfo, Tracker
+
+FLOOR = "floor:"
+_IMAGES = (".png", ".npy", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was scored: the table of one split's scenes, its digest, and the run it was logged to, if any."""
+
+    what: str
+    split: str
+    data_digest: str
+    checkpoint_data_digest: str | None
+    table: ScoreTable
+    run_id: str | None
+    against: str | None = None
+    differences: tuple[Difference, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON: figures with intervals, strata, the comparison, and the table by scene."""
+        return {
+            "what": self.what,
+            "checkpoint_data_digest": self.checkpoint_data_digest,
+            "data_digest": self.data_digest,
+            "split": self.split,
+            "scenes": len(self.table.rows),
+            "run_id": self.run_id,
+            "scores": {
+                protocol: self.table.means(protocol)
+                for protocol in ("valid", "stretch_free", "thesis")
+                if f"{protocol}/rmse" in self.table.rows[0]
+            },
+            "summary": self.table.summary(self.split),
+            "strata": self.table.strata_rows(),
+            "against": self.against,
+            "differences": [asdict(d) for d in self.differences],
+            "by_scene": self.table.records(),
+        }
+
+
+def evaluate(
+    what: str,
+    folder: Path | None,
+    sweep: SweepConfig,
+    scenes: Sequence[Scene],
+    split: SplitName,
+    tracker: Tracker,
+    *,
+    log_it: bool = False,
+    against: str | None = None,
+    resize: int | None = None,
+) -> Evaluation:
+    """Score `what` on a split of a sweep's scenes: `floor:NAME`, or in `folder` a checkpoint or predicted
+    images (OBSERVATION.png, .npy or .tif).
+
+    A checkpoint brings its own input transform and carbonate rule: nothing is fitted again. A reading
+    of the test set is counted on the experiment. `against` names a run of it: the paired comparison
+    is on the same scenes. `resize` scores at so many pixels a side, as the published figures were.
+    Raises CrismError where the prediction and the truth are not on one scale or scenes are missing.
+    """
+    manifest, config, predictor, own = _predictor(what, folder, sweep, scenes)
+    other = None if against is None else _run_named(tracker, against)
+    file = "validation_by_scene.parquet" if split == "validation" else "scores_by_scene.parquet"
+    rows = None if other is None else tracker.read_table(other.run_id, file)
+    run_id = None
+    if log_it:
+        run_id = _log(what, tracker, manifest, config, predictor)
+    reason = f"evaluate {what}" + (f" against {against}" if against else "")
+    if split in ("test", "test_balanced"):
+        pairs = read_test(tracker, manifest, run_id or "none", reason)
+        if split == "test_balanced":
+            chosen = set(manifest.split.test_balanced)
+            pairs = [pair for pair in pairs if pair.scene.observation_id in chosen]
+    else:
+        pairs = manifest.pairs(split)
+    predicted = predictor(pairs)
+    if resize is not None:
+        predicted, pairs = resized(predicted, pairs, resize)
+    table = score_pairs(predicted, pairs, rule=manifest.carbonate, data=manifest.data, device=scoring_device(config))
+    differences: list[Difference] = []
+    if rows is not None:
+        ids = {row["observation_id"] for row in table.rows}
+        differences = compared(table.rows, [row for row in rows if row["observation_id"] in ids])
+    return Evaluation(
+        what, split, manifest.digest, own, table, run_id, other.name if other else None, tuple(differences)
+    )
+
+
+def score_prompts(
+    folder: Path, sweep: SweepConfig, scenes: Sequence[Scene], split: SplitName, tracker: Tracker
+) -> PromptScores:
+    """Whether the metadata in a checkpoint's prompts helps: right, shuffled between scenes, and blank.
+
+    Raises EvaluationError for a model without prompts.
+    """
+    model, checkpoint = load_checkpoint(folder, resolve_device(sweep.device))
+    if not isinstance(model, InstructPix2Pix):
+        raise EvaluationError(f"{folder}: a U-Net, which reads no prompt; give an InstructPix2Pix checkpoint")
+    manifest = _manifest_of(folder, checkpoint.config, checkpoint, sweep, scenes)
+    pairs = manifest.pairs(split)
+    if split in ("test", "test_balanced"):
+        pairs = read_test(tracker, manifest, "none", f"prompts {folder.name}")
+    config = checkpoint.config
+
+    def predicted(prompts: Sequence[str]) -> Predicted:
+        return predict_pairs(model, pairs, "", config.evaluate, config.data.resolution, prompts=prompts)
+
+    template = model.config.prompt
+    return prompt_scores(predicted, template, pairs, manifest, device=scoring_device(config))
+
+
+def _predictor(
+    what: str, folder: Path | None, sweep: SweepConfig, scenes: Sequence[Scene]
+) -> tuple[Manifest, RunConfig, Predict, str | None]:
+    """Manifest, configuration, predictor, and the data digest that a checkpoint was trained with."""
+    if what.startswith(FLOOR):
+        manifest = build_manifest(scenes, sweep.data, sweep.split)
+        return manifest, sweep, floor_predictor(what.removeprefix(FLOOR), sweep, manifest), None
+    if folder is None or not folder.is_dir():
+        raise EvaluationError(
+            f"{what}: no such folder; give a checkpoint, models:/NAME@champion, {FLOOR}linear, or a folder of "
+            "predicted images"
+        )
+    if not (folder / CARD).is_file():
+        manifest = build_manifest(scenes, sweep.data, sweep.split)
+        return manifest, sweep, lambda pairs: Predicted([_image(folder, p, manifest) for p in pairs]), None
+    model, checkpoint = load_checkpoint(folder, resolve_device(sweep.device))
+    manifest = _manifest_of(folder, checkpoint.config, checkpoint, sweep, scenes)
+    return manifest, checkpoint.config, predict(model, checkpoint.config), checkpoint.data_digest
+
+
+def _manifest_of(
+    folder: Path, own: RunConfig, checkpoint: Any, sweep: SweepConfig, scenes: Sequence[Scene]
+) -> Manifest:
+    """The sweep's scenes and split as the checkpoint sees them. Raises EvaluationError for another target."""
+    for name in ("target", "target_normalization", "ranges"):
+        trained, asked = getattr(own.data, name), getattr(sweep.data, name)
+        if trained != asked:
+            raise EvaluationError(
+                f"{folder}: trained with data.{name} {trained}, the sweep says {asked}; its predictions and that truth "
+                f"are not on one scale: add --set data.{name}={trained}"
+            )
+    data = sweep.data.model_copy(update={"variant": own.data.variant, "normalization": own.data.normalization,
+                                         "resolution": own.data.resolution})  # fmt: skip
+    parts = split_scenes(scenes, sweep.split)
+    ordered = tuple(sorted(scenes, key=lambda s: s.observation_id))
+    manifest = Manifest(ordered, parts, checkpoint.transform, data, sweep.split.seed)
+    return manifest if checkpoint.carbonate is None else manifest.with_rule(checkpoint.carbonate)
+
+
+def _log(what: str, tracker: Tracker, manifest: Manifest, config: RunConfig, predictor: Predict) -> str:
+    """Log an evaluation as a run of its own, scored like a trial."""
+    tags = {"crism.model": what, "crism.variant": manifest.data.variant,
+            "crism.normalization": manifest.data.normalization}  # fmt: skip
+    run_id = tracker.start(f"evaluate {what}", "evaluation", tags, {"what": what})
+    try:
+        log_configuration(tracker, run_id, config, manifest)
+        log_validation(tracker, run_id, manifest, predictor, config)
+        log_test(tracker, run_id, manifest, predictor, config, f"evaluate {what}")
+    except BaseException as error:
+        tracker.fail(run_id, error)
+        raise
+    tracker.end(run_id, "FINISHED")
+    return run_id
+
+
+def _run_named(tracker: Tracker, name: str) -> RunInfo:
+    """A finished run of the experiment by its id or name. Raises EvaluationError."""
+    runs = [run for run in tracker.find() if name in (run.run_id, run.name) and run.status == "FINISHED"]
+    if len(runs) != 1:
+        what = "no finished run" if not runs else f"{len(runs)} finished runs"
+        raise EvaluationError(
+            f"--against {name}: {what} of that name or id in experiment {tracker.experiment!r}; see crism-mlops status "
+            "--json for their ids"
+        )
+    return runs[0]
+
+
+def _image(folder: Path, pair: Pair, manifest: Manifest) -> NDArray[np.float32]:
+    """A predicted image of a scene from a folder, H x W x 3 float32 in [0, 1]."""
+    identity, data = pair.scene.observation_id, manifest.data
+    found = [p for suffix in _IMAGES if (p := folder / f"{identity}{suffix}").is_file()]
+    if len(found) != 1:
+        raise EvaluationError(
+            f"{folder}: {len(found)} images of {identity}; expected one of {identity}{{{','.join(_IMAGES)}}}, H x W x 3"
+        )
+    path = found[0]
+    try:
+        if path.suffix == ".npy":
+            image = np.load(path, allow_pickle=False).astype(np.float32)
+        elif path.suffix == ".png":
+            from PIL import Image
+
+            with Image.open(path) as picture:
+                image = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
+        else:
+            image = _scaled_geotiff(path, manifest)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise EvaluationError(f"{path}: not a readable image ({' '.join(str(error).split())[:160]})") from error
+    if image.shape != pair.truth.shape:
+        raise EvaluationError(
+            f"{path}: {' x '.join(map(str, image.shape))}; the truth of {identity} is "
+            f"{' x '.join(map(str, pair.truth.shape))} for data.target={data.target}"
+        )
+    return np.asarray(np.where(pair.scene.valid[..., None], image, np.float32(0.0)), dtype=np.float32)
+
+
+def _scaled_geotiff(path: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """A GeoTIFF as `crism-mlops predict` writes it: physical units, back to the study's range."""
+    from crism_mlops.products.geotiff import read_geotiff
+
+    data = manifest.data
+    names = TARGET_PARAMETERS[data.target]
+    image = read_geotiff(path, names, names).image
+    if not target_has_inverse(data.target_normalization):
+        return np.asarray(image, dtype=np.float32)
+    low, high = np.array([physical_ranges(data.ranges)[name] for name in names], dtype=np.float32).T
+    return np.asarray(np.clip((np.nan_to_num(image) - low) / (high - low), 0.0, 1.0), dtype=np.float32)
+
+
+def resized(predicted: Predicted, pairs: Sequence[Pair], side: int) -> tuple[Predicted, list[Pair]]:
+    """Predictions and truths at side x side pixels (bilinear), masks by the nearest pixel."""
+    from skimage.transform import resize
+
+    def stretched(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        larger = resize(image, (side, side), order=1, anti_aliasing=False)
+        return np.asarray(np.clip(larger, 0.0, 1.0), dtype=np.float32)
+
+    def mask(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.asarray(resize(array, (side, side), order=0, anti_aliasing=False), dtype=np.bool_)
+
+    smaller, images = [], []
+    for image, pair in zip(predicted.images, pairs, strict=True):
+        scene = pair.scene
+        carbonate = None if scene.carbonate is None else mask(scene.carbonate)
+        # Bands and target of the scene are not looked at from here on: they keep their size.
+        changed = replace(scene, valid=mask(scene.valid), carbonate=carbonate)
+        smaller.append(Pair(changed, pair.image, stretched(pair.truth)))
+        images.append(stretched(image))
+    return Predicted(images), smaller
+
+
+def difference_rows(differences: Sequence[Difference]) -> list[dict[str, str]]:
+    """For a table: metric, difference with interval, share in favour, p-values."""
+    return [
+        {
+            "metric": d.metric,
+            "difference": str(d.interval),
+            "in favour": "" if np.isnan(d.favour) else f"{d.favour:.1%}",
+            "p": "" if np.isnan(d.p) else f"{d.p:.4f}",
+            "p (Holm)": "" if np.isnan(d.adjusted) else f"{d.adjusted:.4f}",
+        }
+        for d in differences
+    ]

@@ -1,0 +1,272 @@
+"""Anything that predicts is scored alike: checkpoints, floors, images made elsewhere; and who may read the test set."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_models import config_of, make_parts
+from trackers import new_tracker, small_sweep
+
+import crism_mlops
+from crism_mlops.config import RunConfig, SplitConfig, SweepConfig
+from crism_mlops.dataset.manifest import build_manifest
+from crism_mlops.errors import CrismError, EvaluationError, TrackingError
+from crism_mlops.evaluation.prompts import WAYS
+from crism_mlops.models.checkpoint import Checkpoint, save_checkpoint
+from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
+from crism_mlops.products.geotiff import write_geotiff
+from crism_mlops.scenes.scene import Scene
+from crism_mlops.scenes.targets import TARGET_PARAMETERS
+from crism_mlops.studies.published import import_published
+from crism_mlops.studies.score import difference_rows, evaluate, score_prompts
+from crism_mlops.tracking import Tracker
+
+PACKAGE = Path(crism_mlops.__file__).parent
+
+
+@dataclass
+class Desk:
+    """A tracker, a sweep over the simulated scenes, and a way to score."""
+
+    tracker: Tracker
+    sweep: SweepConfig
+    scenes: list[Scene]
+
+    def score(self, what: str, folder: Path | None = None, split: Any = "test", **more: Any) -> Any:
+        return evaluate(what, folder, self.sweep, self.scenes, split, self.tracker, **more)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, simulated_scenes: list[Scene]) -> Desk:
+    return Desk(new_tracker(tmp_path), small_sweep(), simulated_scenes)
+
+
+def truths(desk: Desk) -> dict[str, np.ndarray]:
+    pairs = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split).pairs("test")
+    return {p.scene.observation_id: p.truth for p in pairs}
+
+
+def test_a_floor_is_scored_and_compared_with_its_own_run(desk: Desk) -> None:
+    logged = desk.score("floor:linear", log_it=True)
+    run = desk.tracker.run(logged.run_id)
+    assert (run.kind, run.status, run.name) == ("evaluation", "FINISHED", "evaluate floor:linear")
+    assert run.metrics["test_full/rmse"] == logged.table.means("valid")["rmse"]
+    other = desk.score("floor:mean", against=run.run_id)
+    assert other.against == "evaluate floor:linear"
+    found = {d.metric: d for d in other.differences}
+    assert found["rmse"].interval.mean > 0.0, "the mean is worse than a line"
+    assert math.isnan(found["rmse"].p), "six scenes are too few for a p-value"
+    assert "too few" in difference_rows(other.differences)[0]["difference"]
+    json.dumps(other.as_json(), allow_nan=True)
+    named = desk.score("floor:linear", split="test_balanced", against="evaluate floor:linear")
+    assert {d.interval.mean for d in named.differences} == {0.0}
+    with pytest.raises(TrackingError, match="has no scores_by_scene"):
+        desk.score("floor:linear", against=desk.tracker.start("empty", "trial", {}, {}) and ended(desk, "empty"))
+
+
+def ended(desk: Desk, name: str) -> str:
+    (run,) = [r for r in desk.tracker.find() if r.name == name]
+    desk.tracker.end(run.run_id, "FINISHED")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("floor:quadratic", "no floor 'quadratic'"),
+        ("floor:vae-round-trip", "no autoencoder"),
+        ("nowhere", "no such folder"),
+    ],
+)
+def test_what_cannot_be_scored(desk: Desk, what: str, says: str) -> None:
+    with pytest.raises(CrismError, match=says):
+        desk.score(what, None)
+    with pytest.raises(EvaluationError, match="no finished run of that name"):
+        desk.score("floor:mean", against="nobody")
+
+
+# ---- images made elsewhere
+
+
+def test_images_made_elsewhere(desk: Desk, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, (name, truth) in enumerate(truths(desk).items()):
+        if index % 2:
+            np.save(folder / f"{name}.npy", truth)
+        else:
+            Image.fromarray(np.rint(255 * truth).astype(np.uint8)).save(folder / f"{name}.png")
+    means = desk.score("mine", folder).table.means("valid")
+    assert means["rmse"] < 0.3, "grey levels are rounded, nothing else is lost"
+    assert means["pcc"] > 0.999
+    validation = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split).split.validation[0]
+    with pytest.raises(EvaluationError, match=f"0 images of {validation}"):
+        desk.score("mine", folder, split="validation")
+
+
+def test_predictions_of_our_own_as_geotiff_are_on_the_same_scale(desk: Desk, tmp_path: Path) -> None:
+    from crism_mlops.dataset.variants import inverse_target
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = TARGET_PARAMETERS["fal"]
+    masks = {s.observation_id: s.valid for s in desk.scenes}
+    for name, truth in truths(desk).items():
+        image = inverse_target(truth, "fal", "physical")
+        write_geotiff(folder / f"{name}.tif", image, masks[name], None, names, ("I/F",) * 3, tags={})
+    assert desk.score("mine", folder).table.means("valid")["rmse"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"no image", "not a readable image"), (np.zeros((5, 5, 3), np.float32), "5 x 5 x 3; the truth")],
+)
+def test_images_of_no_use(desk: Desk, tmp_path: Path, content: Any, says: str) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in truths(desk):
+        path = folder / f"{name}.npy"
+        path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(EvaluationError, match=says):
+        desk.score("mine", folder)
+
+
+def test_scoring_at_another_size(desk: Desk) -> None:
+    small, large = desk.score("floor:copy"), desk.score("floor:copy", resize=64)
+    a, b = (one.table.means("thesis")["pcc"] for one in (small, large))
+    assert a != b
+    assert a == pytest.approx(b, abs=0.05)
+
+
+# ---- prompts
+
+
+@pytest.fixture
+def diffusion(desk: Desk, tmp_path: Path) -> Path:
+    """An untrained InstructPix2Pix's checkpoint folder."""
+    model = config_of(steps=2, prompt="at {longitude} in {location}")
+    config = RunConfig.model_validate({
+        "data": desk.sweep.data.model_dump(mode="json"), "model": model.model_dump(mode="json"),
+        "evaluate": desk.sweep.evaluate.model_dump(mode="json"), "device": "cpu",
+    })  # fmt: skip
+    manifest = build_manifest(desk.scenes, config.data, SplitConfig(validation=0.2, test=0.4))
+    folder = tmp_path / "checkpoint"
+    made = Checkpoint(config, manifest.transform, manifest.digest, 1, 1, None, {}, manifest.carbonate)
+    save_checkpoint(InstructPix2Pix(make_parts(), model), folder, made)
+    return folder
+
+
+def test_prompts_right_shuffled_and_blank(desk: Desk, diffusion: Path) -> None:
+    found = score_prompts(diffusion, desk.sweep, desk.scenes, "validation", desk.tracker)
+    assert tuple(found.tables) == WAYS
+    right, shuffled = found.prompts["right"], found.prompts["shuffled"]
+    assert sorted(right) == sorted(shuffled)
+    assert all(a != b for a, b in zip(right, shuffled, strict=True))
+    assert set(found.prompts["blank"]) == {""}
+    assert {d.metric for d in found.differences["blank"]} == {"rmse", "pcc", "cosine", "ssim", "lpips"}
+    assert found.floor is not None
+    # A score that is one value a scene cannot rank pixels better than chance within it.
+    assert 0.0 <= found.floor["ap"].mean <= 1.0
+    assert not desk.tracker.test_readings()
+    score_prompts(diffusion, desk.sweep, desk.scenes, "test", desk.tracker)
+    assert [r["reason"] for r in desk.tracker.test_readings()] == ["prompts checkpoint"]
+
+
+def test_the_region_s_share_is_that_of_train_scenes(desk: Desk, diffusion: Path) -> None:
+    found = score_prompts(diffusion, desk.sweep, desk.scenes, "validation", desk.tracker)
+    manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
+    shares: dict[str, tuple[int, int]] = {}
+    for scene in manifest.of("train"):
+        assert scene.carbonate is not None
+        for key in (scene.region, "all"):
+            hits, of = shares.get(key, (0, 0))
+            shares[key] = hits + int(scene.carbonate.sum()), of + int(scene.valid.sum())
+    predicted = true = pixels = 0.0
+    for scene in manifest.of("validation"):
+        assert scene.carbonate is not None
+        hits, of = shares.get(scene.region, shares["all"])
+        predicted += hits / of * scene.valid.sum()
+        true += scene.carbonate.sum()
+        pixels += scene.valid.sum()
+    assert found.floor is not None
+    assert found.floor["area"].mean == pytest.approx((predicted - true) / pixels)
+
+
+def test_a_u_net_reads_no_prompt(desk: Desk, tmp_path: Path) -> None:
+    from crism_mlops.models import unet
+
+    manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
+    config = desk.sweep.run_config({})
+    assert config.model.kind == "unet"
+    card = Checkpoint(config, manifest.transform, manifest.digest, 1, 1, None, {})
+    save_checkpoint(unet.build(config.model, 3, 0), tmp_path / "u", card)
+    with pytest.raises(EvaluationError, match="reads no prompt"):
+        score_prompts(tmp_path / "u", desk.sweep, desk.scenes, "validation", desk.tracker)
+
+
+def test_a_checkpoint_brings_its_own_carbonate_rule(desk: Desk, diffusion: Path) -> None:
+    content = json.loads((diffusion / "crism.json").read_text())
+    content["carbonate"]["threshold"] = 1e9
+    (diffusion / "crism.json").write_text(json.dumps(content))
+    table = desk.score("strict", diffusion, split="validation").table
+    assert {one.predicted for one in table.counts.values()} == {0}
+
+
+# ---- published figures
+
+
+def test_published_rows_are_logged_once_and_cannot_be_mistaken(desk: Desk, real_data: Path) -> None:
+    import csv
+
+    with (real_data.parent / "reference" / "thesis_tables.csv").open(newline="") as handle:
+        wanted = list(csv.DictReader(handle))
+    assert import_published(desk.tracker) == (len(wanted), 0)
+    assert import_published(desk.tracker) == (0, len(wanted))
+    runs = {r.tags["crism.table"]: r for r in desk.tracker.find(crism_kind="published")}
+    assert len(runs) == len(wanted)
+    for row in wanted:
+        run = runs[row["table"]]
+        assert run.metrics == {f"thesis/{m}": float(row[m]) for m in ("rmse", "pcc", "cosine", "ssim", "lpips")}
+        assert (run.tags["crism.model"], run.tags["crism.variant"]) == (row["model"], row["variant"])
+        assert "thesis" in run.tags["crism.source"]
+
+
+# ---- the guard
+
+
+def test_only_run_py_reads_the_test_set() -> None:
+    """`pairs("test")` stands in one function of studies/run.py; the audit looks at every split's scenes."""
+    readers = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pairs":
+                words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                if "test" in words or "test_balanced" in words:
+                    readers.add(path.relative_to(PACKAGE).as_posix())
+    assert readers == {"studies/run.py"}
+
+
+@pytest.mark.parametrize("module", ["studies/search_space.py", "studies/study.py", "studies/reconcile.py"])
+def test_the_search_has_no_word_for_a_test_figure(module: str) -> None:
+    words = {
+        node.value
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert not [w for w in words if w.startswith(("test/", "test_full/", "test_worst", "thesis/"))]
+
+
+def test_two_readings_at_once_are_two(desk: Desk) -> None:
+    for run in ("a", "b", "b"):
+        desk.tracker.note_test_reading(run, "trial", "0123")
+    readings = desk.tracker.test_readings()
+    assert sorted(r["run"] for r in readings) == ["a", "b", "b"]
+    assert all(r["time"].endswith("+00:00") and r["test_digest"] == "0123" for r in readings)
