@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers import StableDiffusionInstructPix2PixPipeline as Pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from crism_mlops.config import InstructPix2PixModel, ScratchUNet, UNetModel
+from crism_mlops.config import InstructPix2PixModel, ScratchUNet, Solver, UNetModel
 from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
@@ -372,7 +380,8 @@ def test_gradients_reach_what_is_trained_and_nothing_else(folder: Path, text_enc
     [(1.0, 1.0, 1), (1.0, 7.5, 2), (1.0, 0.0, 1), (1.5, 7.5, 3), (1.5, 0.5, 3), (1.5, 0.0, 2), (2.0, 2.0, 2)],
 )
 def test_guidance_is_the_textbook_formula(folder: Path, image_scale: float, text_scale: float, passes: int) -> None:
-    model = instruct_pix2pix.load(folder, config_of(image_guidance=image_scale, text_guidance=text_scale))
+    scales = {"image_guidance": image_scale, "text_guidance": text_scale}
+    model = instruct_pix2pix.load(folder, config_of(sampler="ddim", **scales))
     calls = []
     handle = model.unet.register_forward_hook(lambda *_: calls.append(1))
     predicted = model.predict(IMAGES[:2], PROMPTS[:2], SEEDS[:2])
@@ -402,9 +411,21 @@ def test_guidance_is_the_textbook_formula(folder: Path, image_scale: float, text
     torch.testing.assert_close(predicted, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_sampling_gives_what_diffusers_pipeline_gives(folder: Path) -> None:
-    model = instruct_pix2pix.load(folder, config_of(image_guidance=1.5, text_guidance=7.5))
-    reference = Pipeline.from_pretrained(str(folder), safety_checker=None, requires_safety_checker=False)
+SOLVERS: dict[Solver, Any] = {
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_sampling_gives_what_diffusers_pipeline_gives(folder: Path, sampler: Solver) -> None:
+    model = instruct_pix2pix.load(folder, config_of(sampler=sampler, image_guidance=1.5, text_guidance=7.5))
+    solver = SOLVERS[sampler].from_config(make_scheduler().config)
+    reference = Pipeline.from_pretrained(
+        str(folder), scheduler=solver, safety_checker=None, requires_safety_checker=False
+    )
     reference.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(5))
     wanted = reference(
@@ -418,6 +439,41 @@ def test_sampling_gives_what_diffusers_pipeline_gives(folder: Path) -> None:
     ).images
     predicted = model.predict(IMAGES[:1], ["one"], [5])
     torch.testing.assert_close((predicted + 1) / 2, wanted, atol=1e-3, rtol=1e-3)
+
+
+class Oracle(torch.nn.Module):
+    """A U-Net that knows the image's latents and says what its scheduler's configuration asks for."""
+
+    def __init__(self, latents: torch.Tensor, config: Any) -> None:
+        super().__init__()
+        self.latents, self.config = latents, config
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+        # Signal and noise at that step, as the training schedule has them; the solvers round these at the noisy end.
+        alpha = DDPMScheduler.from_config(self.config).alphas_cumprod[int(t)].double().clamp_min(1e-6)
+        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+        noisy = x[:, :4].double()
+        noise = (noisy - signal * self.latents) / spread
+        said = {
+            "epsilon": noise,
+            "sample": self.latents.expand_as(noisy),
+            "v_prediction": signal * noise - spread * self.latents,
+        }[self.config["prediction_type"]]
+        return SimpleNamespace(sample=said.float())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_every_solver_follows_what_the_model_predicts(sampler: Solver, kind: str) -> None:
+    """With a U-Net that knows the answer every solver arrives at it, whatever the U-Net was trained to say."""
+    parts = make_parts(prediction_type=kind)
+    answer = torch.linspace(-2.5, 2.5, 4 * (SIDE // 2) ** 2).reshape(1, 4, SIDE // 2, SIDE // 2).double()
+    parts["unet"] = Oracle(answer, parts["scheduler"].config)
+    model = InstructPix2Pix(parts, config_of(sampler=sampler, steps=10, image_guidance=1.0, text_guidance=1.0))
+    decoded = []
+    model.vae.decode = lambda latents: (decoded.append(latents), SimpleNamespace(sample=latents))[1]
+    model.predict(IMAGES[:1], ["one"], [5])
+    torch.testing.assert_close(decoded[0].double() * 0.4, answer, atol=2e-3, rtol=0)
 
 
 def test_a_seed_gives_the_same_bits_twice_anywhere_and_after_saving(model: InstructPix2Pix, tmp_path: Path) -> None:
@@ -457,7 +513,7 @@ def test_latents_are_not_clipped_where_the_saved_scheduler_does_not_say() -> Non
     parts = make_parts()
     parts["scheduler"] = EulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, timestep_spacing="trailing")
     parts["unet"] = Denoiser()
-    model = InstructPix2Pix(parts, config_of(steps=1, image_guidance=1.0, text_guidance=1.0))
+    model = InstructPix2Pix(parts, config_of(sampler="ddim", steps=1, image_guidance=1.0, text_guidance=1.0))
     reached = []
     decode = model.vae.decode
     model.vae.decode = lambda latents: (reached.append(float(latents.abs().max())), decode(latents))[1]

@@ -81,7 +81,7 @@ def test_a_scene_alone_is_predicted_as_in_evaluation(tmp_path: Path, checkpoint:
     scenes = [scene_from_products(open_observation(folder), data) for folder in folders]
     model, card = load_checkpoint(checkpoint)
     pairs = [Pair(s, card.transform.image(s), target_image(s, "fal", "physical")) for s in scenes]
-    expected = studies_run.predict(model, card.config)(pairs)
+    expected = studies_run.predict(model, card.config)(pairs).images
     for folder, pair, image in zip(folders[1:], pairs[1:], expected[1:], strict=True):
         made = predict_scene(checkpoint, folder, "cpu")
         np.testing.assert_array_equal(made.scaled, image)

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.config import InstructPix2PixModel, ScratchUNet
+from crism_mlops.config import InstructPix2PixModel, ScratchUNet, Solver
 from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
@@ -153,17 +153,13 @@ class InstructPix2Pix:
         an evaluation whose factor comes out as 0 is not computed.
         """
         import torch
-        from diffusers import DDIMScheduler
 
         image_scale, text_scale = self.config.image_guidance, self.config.text_guidance
-        # DDIM clips to [-1, 1] unless told otherwise, which is for pixels; latents reach beyond.
-        clip = self.scheduler.config.get("clip_sample", False)
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=clip)
+        scheduler = sampling_scheduler(self.config.sampler, self.scheduler.config)
         scheduler.set_timesteps(self.config.steps)
         with torch.inference_mode():
             condition, _ = encode_distribution(self.vae, images.to(self.device))
-            text = self._embed_alone(prompts)
-            no_text = self._embed_alone([""] * len(prompts))
+            text, no_text = self._embed_alone(prompts), self._embed_alone([""] * len(prompts))
             passes = [
                 (1.0 - image_scale, torch.zeros_like(condition), no_text),
                 (image_scale - text_scale, condition, no_text),
@@ -198,6 +194,27 @@ class InstructPix2Pix:
             tokenizer=self.tokenizer,
             scheduler=self.scheduler,
         ).save_pretrained(folder, safe_serialization=True)
+
+
+def sampling_scheduler(name: Solver, config: Any) -> Any:
+    """diffusers' solver of that name for a model trained under `config` (a scheduler's configuration).
+
+    The noise schedule and what the U-Net predicts (noise, velocity or the image) are the model's.
+    None of the four draws noise of its own, so a seed decides the whole prediction.
+    """
+    import diffusers
+
+    # Clipping is for pixels; latents reach beyond [-1, 1].
+    if name == "ddim":
+        return diffusers.DDIMScheduler.from_config(config, clip_sample=False)
+    if name == "euler":
+        return diffusers.EulerDiscreteScheduler.from_config(config)
+    if name == "unipc":
+        return diffusers.UniPCMultistepScheduler.from_config(config)
+    # Lu et al. 2022, "DPM-Solver++", section 4: the data-prediction multistep solver of second order.
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=False
+    )
 
 
 def pipeline(**parts: Any) -> Any:
