@@ -135,7 +135,7 @@ def score_prompts(
     model, checkpoint = load_checkpoint(folder, resolve_device(sweep.device))
     if not isinstance(model, InstructPix2Pix):
         raise EvaluationError(f"{folder}: a U-Net, which reads no prompt; give an InstructPix2Pix checkpoint")
-    manifest = _manifest_of(folder, checkpoint.config, checkpoint, sweep, scenes)
+    manifest = manifest_as_seen(folder, checkpoint.config, checkpoint, sweep, scenes)
     pairs = manifest.pairs(split)
     if split in ("test", "test_balanced"):
         pairs = read_test(tracker, manifest, "none", f"prompts {folder.name}")
@@ -164,11 +164,11 @@ def _predictor(
         manifest = build_manifest(scenes, sweep.data, sweep.split)
         return manifest, sweep, lambda pairs: Predicted([_image(folder, p, manifest) for p in pairs]), None
     model, checkpoint = load_checkpoint(folder, resolve_device(sweep.device))
-    manifest = _manifest_of(folder, checkpoint.config, checkpoint, sweep, scenes)
+    manifest = manifest_as_seen(folder, checkpoint.config, checkpoint, sweep, scenes)
     return manifest, checkpoint.config, predict(model, checkpoint.config), checkpoint.data_digest
 
 
-def _manifest_of(
+def manifest_as_seen(
     folder: Path, own: RunConfig, checkpoint: Any, sweep: SweepConfig, scenes: Sequence[Scene]
 ) -> Manifest:
     """The sweep's scenes and split as the checkpoint sees them. Raises EvaluationError for another target."""

@@ -224,7 +224,7 @@ def test_what_the_sweeps_leave(job: Workspace) -> None:
         assert status["counts"] == {"finished": 2}
         assert status["trials_total"] == 2
         kinds = [row["kind"] for row in status["rows"]]
-        floors = 2 * len({"pnr", "rect"}) if status["model"] == "unet" else 2 * len({"pnr", "bpn"})
+        floors = 2 * len(("copy", "mean", "linear", "boosted"))  # of each of two variants
         ceilings = 0 if status["model"] == "unet" else 1
         assert (kinds.count("trial"), kinds.count("floor"), kinds.count("ceiling")) == (2, floors, ceilings)
         for row in status["rows"]:
@@ -240,7 +240,9 @@ def test_what_the_sweeps_leave(job: Workspace) -> None:
     assert {name: run.metrics["objective"] for name, run in runs.items()} == values
     for run in runs.values():
         files = {f.path for f in tracker.client.list_artifacts(run.run_id)}
-        assert {"config.json", "scores_by_scene.csv", "scores_by_scene.json", "panels"} <= files
+        tables = {f"{name}_by_scene.{kind}" for name in ("scores", "validation") for kind in ("json", "parquet")}
+        assert {"config.json", "scores_by_scene.csv", "strata.json", "panels"} | tables <= files
+        assert {"val/skill", "test/skill", "test_full/skill"} <= set(run.metrics)
         assert run.tags["crism.model_id"]
     assert sorted(p.name for p in (job.folder / "mlruns" / "artifacts").iterdir()) == ["crism-quickstart"]
     assert {p.name for p in job.folder.iterdir()} == {"sweeps", "mlruns"}
@@ -279,7 +281,7 @@ def test_loaded_model_predicts_what_evaluation_did(
 
     mlflow.set_tracking_uri(job.tracking)
     served = mlflow.pyfunc.load_model(CHAMPION)
-    for pair, prediction in zip(pairs, expected, strict=True):
+    for pair, prediction in zip(pairs, expected.images, strict=True):
         seed = noise_seed(config.evaluate.seed, pair.scene.observation_id)
         prompt = scene_prompt(config.model.prompt, pair.scene)
         output = served.predict(pair.image[None], params={"prompt": prompt, "seed": seed})
@@ -330,6 +332,45 @@ def test_evaluate_gives_the_logged_figures(job: Workspace, champion: Any, checkp
             for name, value in document["scores"][protocol].items():
                 assert value == champion.metrics[f"{prefix}/{name}"], f"{source}: {prefix}/{name}"
         assert len(document["by_scene"]) == document["scenes"]
+
+
+def test_a_floor_and_a_folder_of_images_are_scored_and_compared(job: Workspace, manifest: Manifest) -> None:
+    tracker = job.tracker()
+    before = len(tracker.test_readings())
+    overrides = [w for o in IP2P for w in ("--set", o)]
+    words = ["evaluate", "floor:copy", "sweeps/quickstart-ip2p.yaml", "--against", "quickstart-ip2p-000", *overrides]
+    document = job.json(*words)
+    (own,) = [r for r in tracker.find(crism_study="quickstart-ip2p") if r.name == "copy pnr physical"]
+    assert document["scores"]["valid"]["rmse"] == own.metrics["test/rmse"]
+    assert {d["metric"] for d in document["differences"]} == set(METRICS)
+    folder = job.folder / "elsewhere"
+    folder.mkdir()
+    for pair in manifest.pairs("test"):
+        np.save(folder / f"{pair.scene.observation_id}.npy", pair.truth)
+    try:
+        document = job.json("evaluate", folder, "sweeps/quickstart-ip2p.yaml", *overrides)
+    finally:
+        shutil.rmtree(folder)
+    assert document["scores"]["valid"]["rmse"] == 0.0
+    readings = tracker.test_readings()
+    assert len(readings) == before + 2
+    assert readings[-2]["reason"] == "evaluate floor:copy against quickstart-ip2p-000"
+
+
+def test_whether_the_prompts_help(job: Workspace) -> None:
+    overrides = [w for o in IP2P for w in ("--set", o)]
+    document = job.json("prompts", CHAMPION, "sweeps/quickstart-ip2p.yaml", *overrides)
+    assert {"right", "shuffled", "blank"} <= set(document["scores"])
+
+
+def test_published_rows_stand_beside_measured_ones(job: Workspace) -> None:
+    words = ["baselines", "import", "--experiment", "crism-quickstart"]
+    out, _ = job.run(*words)
+    assert "published rows logged" in out
+    assert job.run(*words)[0].startswith("0 published rows")
+    rows = job.tracker().find(crism_kind="published")
+    assert rows
+    assert all(key.startswith("thesis/") for row in rows for key in row.metrics)
 
 
 def test_ui_answers(job: Workspace) -> None:
