@@ -129,6 +129,8 @@ def _print_dry_run(config: Any) -> None:
     )
     for line in describe(config) or ["(nothing is searched)"]:
         typer.echo(f"#   {line}")
+    for figure, limit in config.constraints.items():
+        typer.echo(f"# constraint: {figure} {limit}")
 
 
 @app.command()

@@ -324,18 +324,46 @@ def error_sign(metric: str) -> float:
     return 1.0 if metric.rsplit("/", 1)[-1] in ("rmse", "lpips") else -1.0
 
 
-class Objective(Section):
-    """What the search minimises or maximises: a figure on the validation scenes, or on the worst of
-    their strata (carbonate-bearing, barren, a region of three scenes or more)."""
+# What a search may look at: a figure on the validation scenes, or on the worst of their strata
+# (carbonate-bearing, barren, a region of three scenes or more).
+ValidationFigure = Literal[
+    "val/rmse", "val/pcc", "val/cosine", "val/ssim", "val/lpips",
+    "val_worst/rmse", "val_worst/pcc", "val_worst/cosine", "val_worst/ssim", "val_worst/lpips",
+]  # fmt: skip
 
-    metric: Literal[
-        "val/rmse", "val/pcc", "val/cosine", "val/ssim", "val/lpips",
-        "val_worst/rmse", "val_worst/pcc", "val_worst/cosine", "val_worst/ssim", "val_worst/lpips",
-    ] = "val/rmse"  # fmt: skip
+
+class Objective(Section):
+    """What the search minimises or maximises."""
+
+    metric: ValidationFigure = "val/rmse"
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
         return "minimize" if error_sign(self.metric) > 0 else "maximize"
+
+
+class Limit(Section):
+    """What a figure must keep to: at most `max`, at least `min`, or both."""
+
+    max: float | None = Field(None, allow_inf_nan=False)
+    min: float | None = Field(None, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _some(self) -> Limit:
+        if self.max is None and self.min is None:
+            raise ValueError("a limit needs max or min, e.g. {max: 30}")
+        if self.max is not None and self.min is not None and self.min > self.max:
+            raise ValueError(f"nothing lies between min {self.min:g} and max {self.max:g}")
+        return self
+
+    def excess(self, value: float) -> float:
+        """By how much a figure breaks the limit; 0 or less where it keeps to it."""
+        beyond = [] if self.max is None else [value - self.max]
+        return max([*beyond, *([] if self.min is None else [self.min - value])])
+
+    def __str__(self) -> str:
+        limits = {"at most": self.max, "at least": self.min}
+        return " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
 
 
 class SamplerConfig(Section):
@@ -365,6 +393,9 @@ class SweepConfig(RunConfig):
     trials: int = Field(20, ge=1, description="total of finished and pruned trials, over all calls")
     max_failures: int = Field(3, ge=1, description="failed trials in one call after which it stops")
     objective: Objective = Objective()
+    constraints: dict[ValidationFigure, Limit] = Field(
+        default_factory=dict, description="limits a trial must keep to; one that does not is never the best"
+    )
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()
     search: dict[str, Dimension] = Field(default_factory=dict)

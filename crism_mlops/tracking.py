@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 DEFAULT_ROOT = Path("mlruns")
 Kind = Literal["study", "trial", "floor", "ceiling", "evaluation", "published"]
 _READING = "crism.test_reading."
+INFEASIBLE = "crism.infeasible"  # on a finished trial that breaks a constraint of its study: which, and by how much
 Status = Literal["FINISHED", "KILLED", "FAILED", "RUNNING"]
 MODEL_CODE = Path(__file__).parent / "registry" / "pyfunc.py"
 _MAX_PARAM = 6000

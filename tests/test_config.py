@@ -403,3 +403,25 @@ def test_dotted_keys() -> None:
     assert "model.prompt" not in keys
     assert "model.prompt" in set(dotted_keys(RunConfig, {"model": InstructPix2PixModel}))
     assert "model.scratch_unet.layers_per_block" in set(dotted_keys(RunConfig))
+
+
+def test_constraints(tmp_path: Path) -> None:
+    text = UNET + "constraints: {val_worst/rmse: {max: 30}, val/ssim: {min: 0.5, max: 0.9}}\n"
+    limits = sweep(tmp_path, text).constraints
+    assert [limits["val_worst/rmse"].excess(v) for v in (29.0, 30.0, 31.5)] == [-1.0, 0.0, 1.5]
+    assert [limits["val/ssim"].excess(v) for v in (0.75, 0.25, 1.0)] == pytest.approx([-0.15, 0.25, 0.1])
+    assert str(limits["val/ssim"]) == "at most 0.9 and at least 0.5"
+
+
+@pytest.mark.parametrize(
+    ("constraints", "says"),
+    [
+        ("{test/rmse: {max: 1}}", "val/rmse"),
+        ("{val/rmse: {}}", "a limit needs max or min"),
+        ("{val/rmse: {maximum: 3}}", "unknown key"),
+        ("{val/rmse: {max: 1, min: 2}}", "nothing lies between min 2 and max 1"),
+        ("{val/rmse: {max: .nan}}", "finite"),
+    ],
+)
+def test_constraints_that_mean_nothing(tmp_path: Path, constraints: str, says: str) -> None:
+    assert says in refused(tmp_path, UNET + f"constraints: {constraints}\n")

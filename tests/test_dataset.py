@@ -231,7 +231,7 @@ def test_real_pairs_keep_their_pixels(real_data: Path) -> None:
     root = real_data / "scene_pairs"
     data = DataConfig(source="pairs", path=str(root), normalization="minmax", target_normalization="minmax")
     manifest = build_manifest(load_scenes(data), data, SplitConfig())
-    for one in manifest.pairs("test_balanced"):
+    for one in manifest.test_pairs("test_balanced"):
         for array, name in ((one.image, "original"), (one.truth, "edited")):
             picture = np.asarray(Image.open(root / one.scene.observation_id / f"{name}_image.png").convert("RGB"))
             np.testing.assert_allclose(array[one.scene.valid] * 255, picture[one.scene.valid], atol=1e-4)
@@ -395,8 +395,9 @@ def manifest(simulated_scenes: list[Scene]) -> Manifest:
 
 
 def test_pairs_of_a_split(manifest: Manifest) -> None:
-    for name in ("train", "validation", "test", "test_balanced"):
-        pairs = manifest.pairs(name)  # type: ignore[arg-type]
+    splits = {"train": manifest.pairs("train"), "validation": manifest.pairs("validation")}
+    splits |= {"test": manifest.test_pairs(), "test_balanced": manifest.test_pairs("test_balanced")}
+    for name, pairs in splits.items():
         assert tuple(p.scene.observation_id for p in pairs) == getattr(manifest.split, name)
         for one in pairs:
             assert one.image.shape == one.truth.shape == (32, 32, 3)

@@ -75,6 +75,13 @@ def test_what_is_never_promoted(worthless: RunInfo) -> None:
         decide([worthless], [parent()], None, None)
 
 
+def test_what_breaks_a_constraint_is_not_promoted() -> None:
+    broken = trial("x", 0.1, tags={"crism.infeasible": "val_worst/rmse is 40, at most 30"})
+    assert decide([broken, trial("good", 5.0)], [parent()], None, None).candidate.run_id == "good"
+    with pytest.raises(PromotionError, match=r"every one of 1 finished trials breaks a constraint .*at most 30"):
+        decide([broken], [parent()], None, None)
+
+
 def test_variant_asked_for() -> None:
     runs = [trial("r", 0.1, "rect"), trial("p", 0.2), trial("b", 0.3, "bpn")]
     for variant, expected in ((None, "p"), ("rect", "r"), ("bpn", "b")):

@@ -80,6 +80,16 @@ def test_study_with_everything(store: Store) -> None:
     assert "learning_rate=0.0012" in text
 
 
+def test_a_trial_that_breaks_a_constraint_says_so(store: Store) -> None:
+    store.study("s")
+    store.run("s", "s-000", objective=9.0, test__rmse=12.0)
+    store.run("s", "s-001", objective=8.0, test__rmse=11.0, tags={"crism.infeasible": "val/ssim is 0.5, at least 0.8"})
+    status = study_status(store.tracker, "s")
+    assert status["best_run"] == "s-000"
+    assert status["counts"] == {"finished": 1, "infeasible": 1}
+    assert {row["run"]: row["why"] for row in status["rows"]}["s-001"] == "val/ssim is 0.5, at least 0.8"
+
+
 def test_two_studies_in_one_table(store: Store) -> None:
     store.study("a")
     store.study("b", "val/pcc", "instruct_pix2pix")

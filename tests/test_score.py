@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.products.geotiff import write_geotiff
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
+from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.published import import_published
 from crism_mlops.studies.score import difference_rows, evaluate, score_prompts
 from crism_mlops.tracking import Tracker
@@ -50,7 +51,7 @@ def desk(tmp_path: Path, simulated_scenes: list[Scene]) -> Desk:
 
 
 def truths(desk: Desk) -> dict[str, np.ndarray]:
-    pairs = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split).pairs("test")
+    pairs = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split).test_pairs()
     return {p.scene.observation_id: p.truth for p in pairs}
 
 
@@ -58,7 +59,9 @@ def test_a_floor_is_scored_and_compared_with_its_own_run(desk: Desk) -> None:
     logged = desk.score("floor:linear", log_it=True)
     run = desk.tracker.run(logged.run_id)
     assert (run.kind, run.status, run.name) == ("evaluation", "FINISHED", "evaluate floor:linear")
+    assert (run.params["split"], run.params["resize"]) == ("test", "none")
     assert run.metrics["test_full/rmse"] == logged.table.means("valid")["rmse"]
+    assert [r["run"] for r in desk.tracker.test_readings()] == [run.run_id]
     other = desk.score("floor:mean", against=run.run_id)
     assert other.against == "evaluate floor:linear"
     found = {d.metric: d for d in other.differences}
@@ -76,6 +79,48 @@ def ended(desk: Desk, name: str) -> str:
     (run,) = [r for r in desk.tracker.find() if r.name == name]
     desk.tracker.end(run.run_id, "FINISHED")
     return name
+
+
+def test_only_the_split_asked_for_is_scored_and_logged(desk: Desk) -> None:
+    run = desk.tracker.run(desk.score("floor:linear", split="validation", log_it=True).run_id)
+    assert desk.tracker.test_readings() == []
+    assert not [name for name in run.metrics if name.startswith(("test", "thesis"))]
+    again = desk.score("floor:linear", split="validation", against=run.run_id)
+    assert {d.interval.mean for d in again.differences} == {0.0}
+    run = desk.tracker.run(desk.score("floor:mean", split="train", log_it=True).run_id)
+    assert "train_scenes/rmse" in run.metrics
+    run = desk.tracker.run(desk.score("floor:mean", split="test_balanced", log_it=True).run_id)
+    assert {"test/rmse", "thesis/rmse"} <= set(run.metrics)
+    assert "test_full/rmse" not in run.metrics
+
+
+def test_an_evaluation_has_skill_over_the_experiment_s_floors(desk: Desk) -> None:
+    config = desk.sweep.run_config({})
+    manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
+    parent = desk.tracker.start("s", "study", {"crism.study": "s"}, {})
+    log_floors(desk.tracker, config, manifest, {"crism.study": "s"}, parent, ceiling=False)
+    best = min(r.metrics["test_full/rmse"] for r in desk.tracker.find(crism_kind="floor"))
+    run = desk.tracker.run(desk.score("floor:mean", log_it=True).run_id)
+    assert run.metrics["test_full/skill"] == pytest.approx(1.0 - run.metrics["test_full/rmse"] / best)
+    resized = desk.tracker.run(desk.score("floor:mean", log_it=True, resize=64).run_id)
+    assert "test_full/skill" not in resized.metrics
+
+
+def test_what_has_another_truth_is_not_compared(desk: Desk) -> None:
+    run = desk.score("floor:mean", log_it=True).run_id
+    with pytest.raises(EvaluationError, match=r"6 of 6 scenes\) is another one"):
+        desk.score("floor:mean", against=run, resize=64)
+    other = replace(desk, sweep=small_sweep(data={**desk.sweep.data.model_dump(), "target": "car"}))
+    with pytest.raises(EvaluationError, match="needs the same truth"):
+        other.score("floor:mean", against=run)
+
+
+def test_an_evaluation_that_fails_leaves_a_failed_run(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(EvaluationError, match="0 images of"):
+        desk.score("mine", tmp_path / "images", log_it=True)
+    (run,) = desk.tracker.find(crism_kind="evaluation")
+    assert (run.status, run.tags["crism.stopped"]) == ("FAILED", "failed")
 
 
 @pytest.mark.parametrize(
@@ -242,16 +287,19 @@ def test_published_rows_are_logged_once_and_cannot_be_mistaken(desk: Desk, real_
 # ---- the guard
 
 
-def test_only_run_py_reads_the_test_set() -> None:
-    """`pairs("test")` stands in one function of studies/run.py; the audit looks at every split's scenes."""
-    readers = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "pairs":
-                words = [a.value for a in node.args if isinstance(a, ast.Constant)]
-                if "test" in words or "test_balanced" in words:
-                    readers.add(path.relative_to(PACKAGE).as_posix())
-    assert readers == {"studies/run.py"}
+def test_only_run_py_reads_the_test_set(desk: Desk) -> None:
+    """`test_pairs` is called in studies/run.py alone, and by the audit, which sees no prediction."""
+    readers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "test_pairs"
+    }
+    assert readers == {"studies/run.py", "dataset/audit.py"}
+    manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
+    for name in ("test", "test_balanced"):
+        with pytest.raises(EvaluationError, match=r"test scenes are read by studies/run\.py alone"):
+            manifest.pairs(name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("module", ["studies/search_space.py", "studies/study.py", "studies/reconcile.py"])

@@ -70,7 +70,7 @@ def test_the_classifier_finds_carbonate_in_fal_and_knows_train_scenes_alone(mani
     ids = {s.observation_id for s in manifest.of("train")}
     spoilt = [s if s.observation_id in ids else replace(s, carbonate=~s.carbonate) for s in manifest.scenes]  # type: ignore[operator]
     assert build_manifest(spoilt, manifest.data, SplitConfig(validation=0.2, test=0.3)).carbonate == rule
-    pairs = manifest.pairs("test")
+    pairs = manifest.test_pairs()
     table = score_pairs(Predicted([p.truth for p in pairs]), pairs, ("valid",), rule=rule, data=manifest.data)
     assert table.interval("carbonate/f1") == table.interval("carbonate_ceiling/f1"), "the truth is the ceiling"
 
@@ -228,7 +228,7 @@ def test_carbonate_figures_have_intervals_and_a_ceiling(manifest: Manifest) -> N
 
 
 def test_scenes_without_a_mask_have_no_carbonate_figures(manifest: Manifest) -> None:
-    pairs = [replace(p, scene=replace(p.scene, carbonate=None)) for p in manifest.pairs("test")]
+    pairs = [replace(p, scene=replace(p.scene, carbonate=None)) for p in manifest.test_pairs()]
     table = score_pairs(
         Predicted([p.truth for p in pairs]), pairs, ("valid",), rule=manifest.carbonate, data=manifest.data
     )

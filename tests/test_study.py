@@ -181,6 +181,46 @@ def test_best_by_direction(bench: Bench) -> None:
     assert high.best_value == max(r.metrics["objective"] for r in bench.runs(study="high"))
 
 
+def test_a_trial_that_breaks_a_constraint_is_never_the_best(bench: Bench) -> None:
+    """Lower learning rates score lower here: the limit leaves the upper half of the range."""
+    sweep = small_sweep(
+        trials=12,
+        sampler={"kind": "tpe", "startup_trials": 2},
+        pruner=PRUNER,
+        constraints={"val/rmse": {"min": 7.0}},
+    )
+    summary = bench.run(sweep, "ok", "prune")
+    values = {t.number: t.value for t in bench.study().trials if t.state == TrialState.COMPLETE}
+    feasible = [v for v in values.values() if v is not None and v >= 7.0]
+    assert summary.best_value == min(feasible)
+    runs = {int(r.tags["crism.trial_number"]): r for r in bench.runs()}
+    for number, value in values.items():
+        (excess,) = bench.study().trials[number].constraints.values()
+        assert excess == pytest.approx(7.0 - runs[number].metrics["val/rmse"])
+        assert ("crism.infeasible" in runs[number].tags) == (value is not None and value < 7.0)
+    broken = [r for r in runs.values() if "crism.infeasible" in r.tags]
+    assert broken
+    assert broken[0].tags["crism.infeasible"].endswith(", at least 7")
+    assert bench.run(sweep) == summary, "a study with constraints goes on under the same identity"
+    with pytest.raises(StudyError, match=r"constraints\.val/rmse\.min"):
+        bench.run(sweep.model_copy(update={"constraints": {}}))
+
+
+def test_no_trial_keeps_to_the_constraints(bench: Bench) -> None:
+    summary = bench.run(small_sweep(trials=2, constraints={"val/rmse": {"max": 1.0}}))
+    assert (summary.complete, summary.best_number, summary.best_value) == (2, None, None)
+
+
+def test_a_constraint_on_what_is_not_defined_fails_the_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def undefined(*args: Any, **options: Any) -> TrackedRun:
+        done = bench.trials(*args, **options)
+        return TrackedRun(done.run_id, done.objective, {**done.scores, "val_worst/pcc": math.nan})
+
+    monkeypatch.setattr(study_module, "run_trial", undefined)
+    with pytest.raises(StudyError, match=r"val_worst/pcc is not defined on the validation scenes"):
+        bench.run(small_sweep(trials=1, max_failures=1, constraints={"val_worst/pcc": {"min": 0.5}}))
+
+
 @pytest.mark.parametrize("metric", ["val/rmse", "val/pcc"])
 def test_pruned_trial(bench: Bench, metric: str) -> None:
     sweep = small_sweep(pruner=PRUNER, objective={"metric": metric})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,12 @@ from crism_mlops.dataset.carbonate import CarbonateRule, carbonate_rule
 from crism_mlops.dataset.samples import SAMPLER_VERSION, Samples, build_samples
 from crism_mlops.dataset.split import Split, split_scenes
 from crism_mlops.dataset.variants import InputTransform, fit_transform, target_image, target_key
+from crism_mlops.errors import EvaluationError
 from crism_mlops.scenes.scene import Scene
 
-SplitName = Literal["train", "validation", "test", "test_balanced"]
+SeenSplit = Literal["train", "validation"]
+TestSplit = Literal["test", "test_balanced"]
+SplitName = SeenSplit | TestSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,15 @@ class Manifest:
         by_id = {s.observation_id: s for s in self.scenes}
         return [by_id[i] for i in getattr(self.split, name)]
 
-    def pairs(self, name: SplitName) -> Sequence[Pair]:
-        """The scenes of a split as they are scored."""
+    def pairs(self, name: SeenSplit) -> Sequence[Pair]:
+        """The scenes of a split as they are scored; the test set has a way of its own."""
+        if name not in get_args(SeenSplit):
+            raise EvaluationError(f"pairs of {name}: test scenes are read by studies/run.py alone, which counts it")
+        return Pairs(self.of(name), self.transform, self.data)
+
+    def test_pairs(self, name: TestSplit = "test") -> Sequence[Pair]:
+        """The test scenes as they are scored. Only studies/run.py calls it, after noting that they are read
+        (and the audit, which looks at the images of every split and at no prediction)."""
         return Pairs(self.of(name), self.transform, self.data)
 
     def samples(

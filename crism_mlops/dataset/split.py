@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from crism_mlops.scenes.scene import Scene
 
 log = logging.getLogger(__name__)
 
-PARTS = ("train", "validation", "test")
+PARTS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 KINDS = (True, False, None)
 
 

@@ -149,7 +149,8 @@ def score_pairs(
     for index, (scene, cluster, one) in enumerate(zip(scenes, clusters_of(scenes), scored, strict=True)):
         identity = scene.observation_id
         row: dict[str, Any] = {
-            "observation_id": identity, "region": scene.region, "kind": scene.kind, "cluster": cluster, **one.figures
+            "observation_id": identity, "region": scene.region, "kind": scene.kind, "cluster": cluster,
+            "truth_digest": truth_digest(truths[index], scene.valid), **one.figures
         }  # fmt: skip
         # A constant channel is usual in a floor; what has no figure for the whole scene spoils a mean.
         if lacking := [f"{key}: {why}" for key, why in one.undefined.items() if key.split("/")[1] in METRICS]:
@@ -163,6 +164,14 @@ def score_pairs(
         rows.append(row)
     order = sorted(range(len(rows)), key=lambda i: rows[i]["observation_id"])
     return ScoreTable(tuple(rows[i] for i in order), counts, ceilings)
+
+
+def truth_digest(truth: NDArray[np.float32], valid: NDArray[np.bool_]) -> str:
+    """16 hex digits of what a prediction is held against: the truth's valid pixels (of H x W x 3), their places."""
+    content = blake2b(repr(valid.shape).encode(), digest_size=8)
+    content.update(np.packbits(valid).tobytes())
+    content.update(truth[valid].astype("<f4", copy=False).tobytes())
+    return content.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ _RANGE_TOLERANCE = 1e-6
 _CHUNK_PX = 512 * 512  # scored at once on a CPU, whose cache it must not overrun
 _ACCELERATOR_CHUNK_PX = 8 * _CHUNK_PX  # larger launches keep an accelerator busy
 _WAITING_PX = 16 * _CHUNK_PX  # read, and not yet scored because their sizes differ
-_BAND_PX = 64  # filtered at once by a matrix product: wide enough for BLAS, narrow enough for the cache
+_BAND_PX = 32  # filtered at once by a matrix product: wide enough for BLAS, narrow enough for the cache
 
 
 class UndefinedMetricWarning(RuntimeWarning):

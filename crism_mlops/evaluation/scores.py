@@ -29,9 +29,10 @@ class ScoreTable:
     """One row a scene, in the order of their ids.
 
     A row holds observation_id, region, kind, cluster (scenes of one cluster are not independent),
-    `PROTOCOL/FIGURE` for every figure of the protocols that were asked for, and where the scene has
-    a carbonate mask `carbonate/COUNT` of evaluation/carbonate.py, of the prediction and, as
-    `carbonate_ceiling/COUNT`, of the true target. counts, ceilings: those with their curves, by id.
+    truth_digest (of what the prediction was held against), `PROTOCOL/FIGURE` for every figure of the
+    protocols that were asked for, and where the scene has a carbonate mask `carbonate/COUNT` of
+    evaluation/carbonate.py, of the prediction and, as `carbonate_ceiling/COUNT`, of the true target.
+    counts, ceilings: those with their curves, by id.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -183,7 +184,7 @@ def compared(
 ) -> list[Difference]:
     """Paired comparison of two tables' rows (of `ScoreTable.rows` or read back from MLflow) in the five metrics.
 
-    Raises EvaluationError where the tables hold other scenes, naming them.
+    Raises EvaluationError where the tables hold other scenes, or another truth of one, naming them.
     """
     by_id = [{str(r["observation_id"]): r for r in rows} for rows in (first, second)]
     alone = sorted(set(by_id[0]) ^ set(by_id[1]))
@@ -193,6 +194,13 @@ def compared(
             "paired comparison needs the same scenes: score both on one split of the same data"
         )
     ids = sorted(by_id[0])
+    other = [i for i in ids if by_id[0][i].get("truth_digest") != by_id[1][i].get("truth_digest")]
+    if other:
+        raise EvaluationError(
+            f"the truth of {', '.join(other[:5])} ({len(other)} of {len(ids)} scenes) is another one in the second "
+            "table (another target, range, mask or size); a paired comparison needs the same truth: score both on one "
+            "data set"
+        )
     names = [m for m in METRICS if f"{protocol}/{m}" in first[0] and f"{protocol}/{m}" in second[0]]
     values = [{m: _column(rows, ids, f"{protocol}/{m}") for m in names} for rows in by_id]
     clusters = [str(by_id[0][i]["cluster"]) for i in ids]

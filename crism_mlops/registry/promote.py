@@ -11,7 +11,7 @@ from typing import Any
 from crism_mlops.config import Variant, error_sign
 from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
 from crism_mlops.errors import PromotionError, TrackingError, one_line
-from crism_mlops.tracking import RunInfo, Tracker, translated
+from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker, translated
 
 log = logging.getLogger(__name__)
 MODEL_NAME = "crism-instruct-pix2pix"
@@ -56,6 +56,13 @@ def decide(
         and "crism.model_id" in r.tags and math.isfinite(r.metrics.get("objective", math.nan))
     ]  # fmt: skip
     wanted = [r for r in finished if _wanted(r.tags.get("crism.variant", ""), variant)]
+    feasible = [r for r in wanted if INFEASIBLE not in r.tags]
+    if wanted and not feasible:
+        raise PromotionError(
+            f"every one of {len(wanted)} finished trials breaks a constraint of its study ({wanted[0].name}: "
+            f"{wanted[0].tags[INFEASIBLE]}); run more trials, or loosen the constraints in another study"
+        )
+    wanted = feasible
     if not wanted:
         kinds = ", ".join(sorted({r.tags.get("crism.variant", "?") for r in finished})) or "none"
         asked = f"variant {variant}" if variant else "a variant that four CaSSIS bands can give"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import error_sign
-from crism_mlops.tracking import RunInfo, Tracker
+from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,8 @@ def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
     states = [row["state"] for row in rows if row["kind"] == "trial"]
     objective = parents[-1].tags.get("crism.objective", "val/rmse") if parents else "val/rmse"
     finished = [r for r in trials if r.status == "FINISHED" and math.isfinite(r.metrics.get("objective", math.nan))]
-    best = min(finished, key=lambda r: error_sign(objective) * r.metrics["objective"], default=None)
+    feasible = [r for r in finished if INFEASIBLE not in r.tags]
+    best = min(feasible, key=lambda r: error_sign(objective) * r.metrics["objective"], default=None)
     return {
         "study": name,
         "experiment": tracker.experiment,
@@ -48,6 +49,8 @@ def study_names(tracker: Tracker) -> list[str]:
 
 def _row(run: RunInfo) -> dict[str, Any]:
     state = _STATES.get(run.status) or run.tags.get("crism.stopped", "killed")
+    if state == "finished" and INFEASIBLE in run.tags:
+        state = "infeasible"
     # Settings are the parameters that are keys of the configuration: they hold a dot.
     settings = {k: v for k, v in run.params.items() if k.split(".")[0] in ("data", "train", "model")}
     return {
@@ -55,7 +58,7 @@ def _row(run: RunInfo) -> dict[str, Any]:
         "run_id": run.run_id,
         "kind": run.kind,
         "state": state,
-        "why": run.tags.get("crism.why"),
+        "why": run.tags.get("crism.why") or run.tags.get(INFEASIBLE),
         "settings": settings,
         "scores": {k: v for k, v in sorted(run.metrics.items()) if "/" in k and k.split("/")[0] != "train"},
     }

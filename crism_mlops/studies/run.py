@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crism_mlops.config import RunConfig, error_sign
-from crism_mlops.dataset.manifest import Manifest, Pair
+from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, TestSplit
 from crism_mlops.dataset.variants import channels
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
@@ -242,6 +242,16 @@ def log_test(
     scores |= skill(tracker, run_id, manifest, scores)
     scores |= log_draws(tracker, run_id, predicted, pairs, table)
     tracker.metrics(run_id, scores, config.train.epochs)
+    log_scenes(tracker, run_id, manifest, pairs, predicted, table, config)
+    return scores
+
+
+def log_scenes(
+    tracker: Tracker, run_id: str, manifest: Manifest, pairs: Sequence[Pair], predicted: Predicted, table: ScoreTable,
+    config: RunConfig, part: SplitName = "test",
+) -> None:  # fmt: skip
+    """The tables by scene and by stratum, and the panel: what stands behind a run's figures."""
+    balanced = manifest.split.test_balanced
     # With its noise seed, a scene's prediction can be asked of the served model again.
     rows = [
         {
@@ -255,20 +265,23 @@ def log_test(
     for file in ("scores_by_scene.json", "scores_by_scene.parquet"):
         tracker.table(run_id, rows, file)
     tracker.table(run_id, table.strata_rows(), "strata.json")
-    cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes)
-    tracker.figure(run_id, panel(cases, f"test scenes, {config.data.variant}"), "panels/test.png")
-    return scores
+    cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes, part)
+    tracker.figure(run_id, panel(cases, f"{part} scenes, {config.data.variant}"), f"panels/{part}.png")
 
 
-def read_test(tracker: Tracker, manifest: Manifest, run_id: str, reason: str) -> Sequence[Pair]:
-    """The test scenes, and a note on the experiment that they were read: the only way to them."""
+def read_test(
+    tracker: Tracker, manifest: Manifest, run_id: str, reason: str, part: TestSplit = "test"
+) -> Sequence[Pair]:
+    """The test scenes, or the balanced ones of them, and a note on the experiment that they were read: the
+    only way to them."""
     tracker.note_test_reading(run_id, reason, manifest.test_digest)
-    return manifest.pairs("test")
+    return manifest.test_pairs(part)
 
 
 def log_draws(
-    tracker: Tracker, run_id: str, predicted: Predicted, pairs: Sequence[Pair], table: ScoreTable
-) -> dict[str, float]:
+    tracker: Tracker, run_id: str, predicted: Predicted, pairs: Sequence[Pair], table: ScoreTable,
+    prefix: str = "test_full",
+) -> dict[str, float]:  # fmt: skip
     """Calibration of several draws as a figure and a table; the variance of RMSE between draws of a
     scene and between scenes. Nothing where there is one draw."""
     calibrated = calibration(predicted, pairs)
@@ -279,21 +292,22 @@ def log_draws(
     )
     tracker.text(run_id, json.dumps(asdict(calibrated), indent=2), "calibration.json")
     return {
-        "test_full/draws_spread": calibrated.spread,
-        "test_full/draws_error": calibrated.error,
-        "test_full/draws_coverage_95": calibrated.coverage,
-        "test_full/rmse_variance_draws": float(np.mean([r["draws/rmse_variance"] for r in table.rows])),
-        "test_full/rmse_variance_scenes": float(np.var([r["draws/rmse_mean"] for r in table.rows], ddof=1))
+        f"{prefix}/draws_spread": calibrated.spread,
+        f"{prefix}/draws_error": calibrated.error,
+        f"{prefix}/draws_coverage_95": calibrated.coverage,
+        f"{prefix}/rmse_variance_draws": float(np.mean([r["draws/rmse_variance"] for r in table.rows])),
+        f"{prefix}/rmse_variance_scenes": float(np.var([r["draws/rmse_mean"] for r in table.rows], ddof=1))
         if len(table.rows) > 1
         else math.nan,
     }
 
 
 def panel_cases(
-    predicted: Predicted, pairs: Sequence[Pair], table: ScoreTable, manifest: Manifest, count: int
-) -> list[Case]:
+    predicted: Predicted, pairs: Sequence[Pair], table: ScoreTable, manifest: Manifest, count: int,
+    part: SplitName = "test",
+) -> list[Case]:  # fmt: skip
     """The best, the median and the worst scene by RMSE (more of them evenly in between), as rows of a panel."""
-    place = {scene.observation_id: i for i, scene in enumerate(manifest.of("test"))}
+    place = {scene.observation_id: i for i, scene in enumerate(manifest.of(part))}
     ranked = sorted(table.rows, key=lambda r: (math.isnan(r["valid/rmse"]), r["valid/rmse"]))
     chosen = spread(list(range(len(ranked))), count)
     words = {0: "best", len(ranked) - 1: "worst", (len(ranked) - 1) // 2: "median"}
@@ -312,19 +326,21 @@ def panel_cases(
 
 
 def skill(tracker: Tracker, run_id: str, manifest: Manifest, scores: Mapping[str, float]) -> dict[str, float]:
-    """`PREFIX/skill`: 1 - RMSE over that of the best floor of the same study, variant and normalisation.
+    """`PREFIX/skill`: 1 - RMSE over that of the best floor of the same study (for an evaluation: of the
+    experiment), data, variant and normalisation.
 
     0 is as good as the floor, 1 perfect. Floors themselves, and runs without floors, have none.
     """
     tags = tracker.run(run_id).tags
-    if tags.get("crism.kind") not in ("trial", "evaluation") or "crism.study" not in tags:
+    if tags.get("crism.kind") not in ("trial", "evaluation"):
         return {}
+    # Floors of another study of the experiment serve as well: the digest says that they saw the same data.
+    study = {"crism_study": tags["crism.study"]} if "crism.study" in tags else {}
     transform = manifest.transform
     floors = [
         r
-        for r in tracker.find(crism_study=tags["crism.study"])
-        if r.kind == "floor"
-        and r.status == "FINISHED"
+        for r in tracker.find(crism_kind="floor", **study)
+        if r.status == "FINISHED"
         and r.params.get("data_digest") == manifest.digest
         and (r.tags.get("crism.variant"), r.tags.get("crism.normalization"))
         == (transform.variant, transform.normalization)

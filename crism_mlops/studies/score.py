@@ -17,6 +17,7 @@ from crism_mlops.dataset.variants import physical_ranges, target_has_inverse
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import Predicted, predict_pairs, score_pairs
 from crism_mlops.evaluation.inference import Difference
+from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.evaluation.prompts import PromptScores, prompt_scores
 from crism_mlops.evaluation.scores import ScoreTable, compared
 from crism_mlops.models.checkpoint import CARD, load_checkpoint
@@ -26,12 +27,13 @@ from crism_mlops.studies.floors import floor_predictor
 from crism_mlops.studies.run import (
     Predict,
     log_configuration,
-    log_test,
-    log_validation,
+    log_draws,
+    log_scenes,
     predict,
     read_test,
     resolve_device,
     scoring_device,
+    skill,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
     from crism_mlops.tracking import RunInfo, Tracker
 
 FLOOR = "floor:"
+# What the metrics of a split are called, as a trial's are. "train/loss" is what training tells.
+PREFIXES: dict[SplitName, str] = {
+    "train": "train_scenes", "validation": "val", "test": "test_full", "test_balanced": "test"
+}  # fmt: skip
 _IMAGES = (".png", ".npy", ".tif", ".tiff")
 
 
@@ -95,34 +101,44 @@ def evaluate(
     A checkpoint brings its own input transform and carbonate rule: nothing is fitted again. A reading
     of the test set is counted on the experiment. `against` names a run of it: the paired comparison
     is on the same scenes. `resize` scores at so many pixels a side, as the published figures were.
+    `log_it` makes it a run with the figures of this split alone.
     Raises CrismError where the prediction and the truth are not on one scale or scenes are missing.
     """
     manifest, config, predictor, own = _predictor(what, folder, sweep, scenes)
     other = None if against is None else _run_named(tracker, against)
     file = "validation_by_scene.parquet" if split == "validation" else "scores_by_scene.parquet"
     rows = None if other is None else tracker.read_table(other.run_id, file)
-    run_id = None
-    if log_it:
-        run_id = _log(what, tracker, manifest, config, predictor)
-    reason = f"evaluate {what}" + (f" against {against}" if against else "")
-    if split in ("test", "test_balanced"):
-        pairs = read_test(tracker, manifest, run_id or "none", reason)
-        if split == "test_balanced":
-            chosen = set(manifest.split.test_balanced)
-            pairs = [pair for pair in pairs if pair.scene.observation_id in chosen]
-    else:
-        pairs = manifest.pairs(split)
-    predicted = predictor(pairs)
-    if resize is not None:
-        predicted, pairs = resized(predicted, pairs, resize)
-    table = score_pairs(predicted, pairs, rule=manifest.carbonate, data=manifest.data, device=scoring_device(config))
-    differences: list[Difference] = []
-    if rows is not None:
-        ids = {row["observation_id"] for row in table.rows}
-        differences = compared(table.rows, [row for row in rows if row["observation_id"] in ids])
+    run_id = _start(what, split, resize, tracker, manifest, config) if log_it else None
+    try:
+        reason = f"evaluate {what}" + (f" against {against}" if against else "")
+        pairs = _pairs(tracker, manifest, split, run_id or "none", reason)
+        predicted = predictor(pairs)
+        if resize is not None:
+            predicted, pairs = resized(predicted, pairs, resize)
+        table = score_pairs(
+            predicted, pairs, rule=manifest.carbonate, data=manifest.data, device=scoring_device(config)
+        )
+        differences: list[Difference] = []
+        if rows is not None:
+            ids = {row["observation_id"] for row in table.rows}
+            differences = compared(table.rows, [row for row in rows if row["observation_id"] in ids])
+        if run_id is not None:
+            _log(tracker, run_id, split, resize, manifest, config, pairs, predicted, table)
+    except BaseException as error:
+        if run_id is not None:
+            tracker.fail(run_id, error)
+        raise
+    if run_id is not None:
+        tracker.end(run_id, "FINISHED")
     return Evaluation(
         what, split, manifest.digest, own, table, run_id, other.name if other else None, tuple(differences)
     )
+
+
+def _pairs(tracker: Tracker, manifest: Manifest, split: SplitName, run_id: str, reason: str) -> Sequence[Pair]:
+    if split == "test" or split == "test_balanced":
+        return read_test(tracker, manifest, run_id, reason, split)
+    return manifest.pairs(split)
 
 
 def score_prompts(
@@ -136,9 +152,7 @@ def score_prompts(
     if not isinstance(model, InstructPix2Pix):
         raise EvaluationError(f"{folder}: a U-Net, which reads no prompt; give an InstructPix2Pix checkpoint")
     manifest = manifest_as_seen(folder, checkpoint.config, checkpoint, sweep, scenes)
-    pairs = manifest.pairs(split)
-    if split in ("test", "test_balanced"):
-        pairs = read_test(tracker, manifest, "none", f"prompts {folder.name}")
+    pairs = _pairs(tracker, manifest, split, "none", f"prompts {folder.name}")
     config = checkpoint.config
 
     def predicted(prompts: Sequence[str]) -> Predicted:
@@ -187,20 +201,34 @@ def manifest_as_seen(
     return manifest if checkpoint.carbonate is None else manifest.with_rule(checkpoint.carbonate)
 
 
-def _log(what: str, tracker: Tracker, manifest: Manifest, config: RunConfig, predictor: Predict) -> str:
-    """Log an evaluation as a run of its own, scored like a trial."""
+def _start(
+    what: str, split: SplitName, resize: int | None, tracker: Tracker, manifest: Manifest, config: RunConfig
+) -> str:
+    """An evaluation as a run of its own, with all that its figures depend on."""
     tags = {"crism.model": what, "crism.variant": manifest.data.variant,
             "crism.normalization": manifest.data.normalization}  # fmt: skip
-    run_id = tracker.start(f"evaluate {what}", "evaluation", tags, {"what": what})
-    try:
-        log_configuration(tracker, run_id, config, manifest)
-        log_validation(tracker, run_id, manifest, predictor, config)
-        log_test(tracker, run_id, manifest, predictor, config, f"evaluate {what}")
-    except BaseException as error:
-        tracker.fail(run_id, error)
-        raise
-    tracker.end(run_id, "FINISHED")
+    run_id = tracker.start(f"evaluate {what}", "evaluation", tags, {"what": what, "split": split, "resize": resize})
+    log_configuration(tracker, run_id, config, manifest)
     return run_id
+
+
+def _log(
+    tracker: Tracker, run_id: str, split: SplitName, resize: int | None, manifest: Manifest, config: RunConfig,
+    pairs: Sequence[Pair], predicted: Predicted, table: ScoreTable,
+) -> None:  # fmt: skip
+    """What an evaluation found, under the names that a trial gives the same split."""
+    prefix = PREFIXES[split]
+    scores = {**table.summary(prefix), **table.strata_summary(prefix)}
+    if prefix == "test":
+        scores |= table.bounded("thesis", {m: f"thesis/{m}" for m in METRICS})
+    if resize is None:
+        # The floors' figures are of images at their native size.
+        scores |= skill(tracker, run_id, manifest, scores)
+    scores |= log_draws(tracker, run_id, predicted, pairs, table, prefix)
+    tracker.metrics(run_id, scores)
+    log_scenes(tracker, run_id, manifest, pairs, predicted, table, config, split)
+    if split == "validation":
+        tracker.table(run_id, table.records(), "validation_by_scene.parquet")
 
 
 def _run_named(tracker: Tracker, name: str) -> RunInfo:
@@ -258,7 +286,7 @@ def _scaled_geotiff(path: Path, manifest: Manifest) -> NDArray[np.float32]:
 
 
 def resized(predicted: Predicted, pairs: Sequence[Pair], side: int) -> tuple[Predicted, list[Pair]]:
-    """Predictions and truths at side x side pixels (bilinear), masks by the nearest pixel."""
+    """Predictions, inputs and truths at side x side pixels (bilinear), masks by the nearest pixel."""
     from skimage.transform import resize
 
     def stretched(image: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -274,7 +302,7 @@ def resized(predicted: Predicted, pairs: Sequence[Pair], side: int) -> tuple[Pre
         carbonate = None if scene.carbonate is None else mask(scene.carbonate)
         # Bands and target of the scene are not looked at from here on: they keep their size.
         changed = replace(scene, valid=mask(scene.valid), carbonate=carbonate)
-        smaller.append(Pair(changed, pair.image, stretched(pair.truth)))
+        smaller.append(Pair(changed, stretched(pair.image), stretched(pair.truth)))
         images.append(stretched(image))
     return Predicted(images), smaller
 

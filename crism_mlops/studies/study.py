@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ from optuna.trial import TrialState
 from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import StudyError, TrackingError, one_line
+from crism_mlops.errors import EvaluationError, StudyError, TrackingError, one_line
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
-from crism_mlops.studies.run import Hooks, log_configuration, run_trial
+from crism_mlops.studies.run import Hooks, TrackedRun, log_configuration, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
-from crism_mlops.tracking import DEFAULT_ROOT, Tracker, git_commit, shown, sqlite_path
+from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, shown, sqlite_path
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -188,11 +189,12 @@ def _storage_errors() -> Iterator[None]:
 
 
 def summarise(study: optuna.Study) -> Summary:
-    """Counts by state and the best finished trial."""
+    """Counts by state and the best finished trial that keeps to all constraints."""
     trials = study.get_trials(deepcopy=False)
     finished = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    feasible = [t for t in finished if all(excess <= 0.0 for excess in t.constraints.values())]
     sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
-    best = min(finished, key=lambda t: sign * t.values[0], default=None)
+    best = min(feasible, key=lambda t: sign * t.values[0], default=None)
     interrupted = sum(t.user_attrs.get("crism.state") == INTERRUPTED for t in trials)
     return Summary(
         complete=len(finished),
@@ -302,6 +304,7 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
         log_configuration(tracker, run_id, config, manifest, choices)
         work = call.work / f"{trial.number:04d}"
         done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, call.cache, hooks)
+        _constrain(sweep, trial, done, tracker)
     except TrackingError:
         raise
     except optuna.TrialPruned as pruned:
@@ -317,6 +320,26 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
     tracker.end(run_id, "FINISHED")
     call.study.tell(trial, done.objective)
     return "FINISHED", done.objective, ""
+
+
+def _constrain(sweep: SweepConfig, trial: optuna.Trial, done: TrackedRun, tracker: Tracker) -> None:
+    """Tell both trackers which limits a trial breaks, before either hears of its end.
+
+    Raises EvaluationError for a limit on a figure that the validation scenes do not define.
+    """
+    broken = []
+    for figure, limit in sweep.constraints.items():
+        excess = limit.excess(done.scores[figure])
+        if math.isnan(excess):
+            raise EvaluationError(
+                f"{figure} is not defined on the validation scenes, so the constraint on it cannot be kept; take it "
+                "out of constraints, or look at the warnings above"
+            )
+        trial.set_constraint(figure, excess)
+        if excess > 0.0:
+            broken.append(f"{figure} is {done.scores[figure]:.4g}, {limit}")
+    if broken:
+        tracker.tags(done.run_id, {INFEASIBLE: "; ".join(broken)})
 
 
 def trial_seed(*parts: object) -> int:

@@ -272,7 +272,7 @@ def test_loaded_model_predicts_what_evaluation_did(
     model, card = load_checkpoint(checkpoint)
     config = card.config
     assert config.model.kind == "instruct_pix2pix"
-    pairs = manifest.pairs("test")
+    pairs = manifest.test_pairs()
     expected = predict_pairs(model, pairs, config.model.prompt, config.evaluate, config.data.resolution)
     table = score_pairs(expected, pairs)
     for prefix, ids in (("test", manifest.split.test_balanced), ("test_full", None)):
@@ -300,7 +300,7 @@ def test_served_model_answers(job: Workspace, manifest: Manifest, checkpoint: Pa
     import mlflow
 
     port = free_port()
-    pair = manifest.pairs("test")[0]
+    pair = manifest.test_pairs()[0]
     params = {"prompt": "Predict carbonates", "seed": 5}
     mlflow.set_tracking_uri(job.tracking)
     expected = mlflow.pyfunc.load_model(CHAMPION).predict(pair.image[None], params=params)
@@ -345,7 +345,7 @@ def test_a_floor_and_a_folder_of_images_are_scored_and_compared(job: Workspace, 
     assert {d["metric"] for d in document["differences"]} == set(METRICS)
     folder = job.folder / "elsewhere"
     folder.mkdir()
-    for pair in manifest.pairs("test"):
+    for pair in manifest.test_pairs():
         np.save(folder / f"{pair.scene.observation_id}.npy", pair.truth)
     try:
         document = job.json("evaluate", folder, "sweeps/quickstart-ip2p.yaml", *overrides)
