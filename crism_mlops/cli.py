@@ -6,6 +6,7 @@ Everything heavy is imported inside the command that needs it.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -289,6 +290,10 @@ def predict(
 
 def main() -> None:
     """The console script: a CrismError is one line and exit code 1; Ctrl-C is 130 (Typer's doing)."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name on the disk need not be text in the terminal's encoding.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except CrismError as error:

@@ -111,7 +111,7 @@ def prompts(
     folder = checkpoint_folder(checkpoint, tracking_uri)
     progress = Progress()
     tracker = Tracker(tracking_uri, config.experiment)
-    found = score_prompts(folder, config, load_scenes(config.data, progress.scenes), split, tracker)
+    found = score_prompts(folder, config, load_scenes(config.data, progress.scenes), split, tracker, checkpoint)
     figures = ["valid/rmse", "valid/pcc", "valid/ssim", "valid/lpips"]
     if found.floor is not None:
         figures += ["carbonate/ap", "carbonate/f1", "carbonate/area"]

@@ -101,6 +101,19 @@ class DataConfig(Section):
     resolution: int = Field(512, ge=32, le=2048, multiple_of=32, description="pixels a side that a model sees")
     views: tuple[ViewName, ...] = ("whole", "vflip", "quarters", "rotations")
 
+    @field_validator("path", "cache", "store", "filters", "labels")
+    @classmethod
+    def _place(cls, place: str | None) -> str | None:
+        if place is None:
+            return None
+        if not place.strip() or "\0" in place:
+            raise ValueError("not the name of a file or folder")
+        try:
+            Path(place).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"{error}; write the folder out") from error
+        return place
+
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
         if self.source == "pairs":

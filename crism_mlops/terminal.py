@@ -30,7 +30,7 @@ def console(width: int = 140) -> Console:
     """Standard output for tables: as wide as the terminal, or `width` where there is none."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else width)
+    return Console(width=None if sys.stdout.isatty() else width, emoji=False)
 
 
 def print_json(content: Any) -> None:
@@ -65,7 +65,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
                progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn())  # fmt: skip
-    with progress.Progress(*columns, console=Console(stderr=True)) as shown:
+    with progress.Progress(*columns, console=Console(stderr=True, emoji=False)) as shown:
         tasks: dict[str, progress.TaskID] = {}
 
         def bar(what: str, done: int, total: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ode_server import ode_server
 
-from crism_mlops.cluster import Where
+from crism_mlops.cluster import HERE, Where
 from crism_mlops.config import DataConfig, SweepConfig
 from crism_mlops.dataset.build import build_data_sets, data_sections, fetch_tasks
 from crism_mlops.dataset.manifest import build_manifest
@@ -295,6 +295,81 @@ def test_only_the_images_of_the_receipt_are_dropped(archive: Path, tmp_path: Pat
     assert known_digests(folder, tmp_path / "other") == digests
 
 
+def test_nothing_is_dropped_whose_scene_is_damaged(archive: Path) -> None:
+    root = shutil.copytree(archive, Path("data").absolute())
+    config = configuration(root)
+    (first, *_) = build_scenes(tasks(config))
+    path = open_store(config).path(str(first.name))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StoreError, match=f"{path.name}: damaged .*remove it"):
+        build_scenes(tasks(config, drop=True), where=HERE)
+    assert len(list(first.folder.glob("*.img"))) == 2
+    path.unlink()
+    assert [one.problem for one in build_scenes(tasks(config, drop=True))] == [None] * 12
+    assert len(load_scenes(config)) == 12
+
+
+def test_linked_images_are_not_dropped_and_not_forgotten(archive: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = shutil.copytree(archive, Path("data").absolute())
+    (root / ".pool").mkdir()
+    for image in sorted(root.rglob("*.img")):
+        image.rename(root / ".pool" / image.name)
+        image.symlink_to(root / ".pool" / image.name)
+    config = configuration(root)
+    with caplog.at_level(logging.WARNING):
+        assert [one.problem for one in build_scenes(tasks(config, drop=True))] == [None] * 12
+    assert "nothing dropped" in caplog.text
+    assert not list(root.rglob(RECEIPT))
+    assert len(list((root / ".pool").iterdir())) == 24
+    image = next((root / ".pool").glob("*_if*"))
+    content = bytearray(image.read_bytes())
+    content[5000] ^= 1
+    image.write_bytes(content)
+    assert sum(one.made for one in build_scenes(tasks(config))) == 1
+
+
+def test_an_observation_that_does_not_fit_into_memory_is_left_out(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(archive)
+    large = observation_folders(archive)[3]
+
+    def small(products: Any, *args: Any, **options: Any) -> Any:
+        if products["if"].path.parent == large:
+            raise MemoryError("Unable to allocate 3.5 GiB")
+        return scene_from_products(products, *args, **options)
+
+    monkeypatch.setattr("crism_mlops.scenes.build.scene_from_products", small)
+    built = build_scenes(tasks(config))
+    assert [one.problem is None for one in built].count(False) == 1
+    assert "does not fit into memory (Unable to allocate" in str(built[3].problem)
+
+
+def test_an_observation_in_two_folders_is_counted_once(archive: Path) -> None:
+    root = shutil.copytree(archive, Path("data").absolute())
+    first = observation_folders(root)[0]
+    shutil.copytree(first, root / "zz_copy" / first.name)
+    report = build_data_sets(sweep_of(configuration(root)), silent)
+    assert (len(report.scenes), report.made) == (12, 12)
+    ((folder, reason),) = report.left_out.items()
+    assert "zz_copy" in folder
+    assert "stands in two folders" in reason
+    again = build_data_sets(sweep_of(configuration(root)), silent)
+    assert (again.made, again.left_out) == (0, report.left_out)
+
+
+def test_a_damaged_record_is_named(archive: Path) -> None:
+    sweep = sweep_of(configuration(archive))
+    (data_set,) = build_data_sets(sweep, silent).data_sets
+    path = open_store(sweep.data).path(data_set.record)
+    for content in ("garbage", '{"digest": "another"}', "{}"):
+        path.write_text(content)
+        with pytest.raises(StoreError, match=f"{path.name}: damaged"):
+            build_data_sets(sweep, silent)
+    path.unlink()
+    assert build_data_sets(sweep, silent).data_sets == (data_set,)
+
+
 def test_a_store_that_fails_ends_the_build(archive: Path) -> None:
     config = configuration(archive)
     names = [one.name for one in build_scenes(tasks(config))]
@@ -459,6 +534,26 @@ def test_what_was_there_before_is_of_the_data_set_as_well(archive: Path, monkeyp
     assert len(report.scenes) == 12
     again = build_data_sets(sweep, silent, Where(workers=1))
     assert (again.made, again.data_sets) == (0, report.data_sets)
+
+
+def test_what_lacks_a_product_that_the_archive_has_is_completed(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sweep = sweep_of(configuration(Path("mars")))
+    with ode_server() as server:
+        for folder in observation_folders(archive):
+            server.add_folder(folder)
+            own = Path("mars") / folder.name
+            own.mkdir(parents=True)
+            for file in folder.glob("*_if*"):
+                shutil.copy(file, own)
+        build_data_sets(sweep, silent, Where(workers=1))
+        service = Service(f"{server.url}/live2", (server.host,))
+        found = search(Query(region="Nili Fossae"), service)
+        report = build_data_sets(sweep, silent, Where(workers=1), fetch_tasks(found, sweep, service, drop=False))
+    assert report.made == 12
+    assert len(list(Path("mars").rglob("*_de*.img"))) == 12
+    whole = build_data_sets(sweep_of(configuration(archive, store="other")), silent)
+    assert [d.digest for d in report.data_sets] == [d.digest for d in whole.data_sets]
 
 
 def no_sleep(seconds: float) -> None:

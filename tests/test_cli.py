@@ -163,6 +163,9 @@ def test_unknown_key_in_the_file(run: Any, tmp_path: Path) -> None:
         ("train.epochs=many", "train.epochs"),
         ("train.epochs", "expected key=value"),
         ("data.variant=[", "the value is not YAML"),
+        ("data.path=~nobody-of-that-name/x", "write the folder out"),
+        ("data.store=''", "not the name of a file or folder"),
+        ('data.cache="a\\0b"', "not the name of a file or folder"),
     ],
 )
 def test_override_that_does_not_fit(run: Any, override: str, words: str) -> None:

@@ -179,7 +179,7 @@ def test_what_stands_in_masked_pixels_is_not_scored() -> None:
     tables = [score_pairs(Predicted([np.where(shown, noisy, fill)]), [pair], ("valid",)) for fill in (0.0, 1.0)]
     assert tables[0] == tables[1]
     assert set(tables[0].rows[0]) == {
-        "observation_id", "region", "kind", "cluster", *(f"valid/{m}" for m in FIGURES["valid"])
+        "observation_id", "region", "kind", "cluster", "truth_digest", *(f"valid/{m}" for m in FIGURES["valid"])
     }  # fmt: skip
 
 
@@ -262,9 +262,37 @@ def test_calibration_tells_overconfidence(deviation: float, low: float, high: fl
     assert low <= found.coverage <= high
     assert len(found.bins) == 10
     assert sum(count for _, _, count in found.bins) == sum(int(p.scene.valid.sum()) * 3 for p in pairs)
-    assert [b[0] for b in found.bins] == sorted(b[0] for b in found.bins)
     if deviation == 0.02:
         assert found.spread == pytest.approx(found.error, rel=0.05)
+
+
+@pytest.mark.parametrize("draws", [3, 4, 8])
+def test_bins_of_a_calibrated_model_lie_on_the_line_however_few_the_draws(draws: int) -> None:
+    """Draws and truth of one normal distribution, its deviation 0.02 in half of the columns and 0.06 in the others."""
+    rng = np.random.default_rng(3)
+    deviation = np.where(np.arange(64) < 32, 0.02, 0.06)[None, :, None]
+    pairs = [make_pair(f"frt0000000{i}", 64) for i in range(4)]
+    stacks = [(0.5 + deviation * rng.normal(size=(draws + 1, *p.truth.shape))).astype(np.float32) for p in pairs]
+    pairs = [Pair(p.scene, p.image, stack[-1]) for p, stack in zip(pairs, stacks, strict=True)]
+
+    class Played:
+        """Gives the draws of each scene in turn."""
+
+        def __init__(self) -> None:
+            self.turns = iter([np.moveaxis(stack[d], -1, 0) for stack in stacks for d in range(draws)])
+
+        def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+            return torch.from_numpy(np.stack([next(self.turns) for _ in images])) * 2.0 - 1.0
+
+    config = EvaluateConfig(chunk=1, draws=draws)
+    found = calibration(predict_pairs(Played(), pairs, "x", config, 64), pairs)
+    assert found is not None
+    assert 0.94 < found.coverage < 0.96
+    assert len(found.bins) == (10 if draws >= 4 else 1)
+    for predicted, error, _ in found.bins:
+        assert predicted == pytest.approx(error, rel=0.12)
+    if draws == 8:
+        assert found.bins[0][0] < 0.5 * found.bins[-1][0], "and they tell the sure pixels from the others"
 
 
 # ---- floors

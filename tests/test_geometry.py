@@ -222,6 +222,12 @@ def test_footprint_of_a_rectangle(write_envi: Write, tmp_path: Path) -> None:
     assert area_km2(outline) == pytest.approx(10 * 30 * 0.018**2, rel=0.01)
 
 
+def longitude_halves(turn: float) -> np.ndarray:
+    """As many pixels on either side of the 180th meridian."""
+    row = np.array([179.9, 180.0, -179.9, -180.0])
+    return np.tile(row if turn == 0.0 else row % 360.0, (3, 1))
+
+
 @pytest.mark.parametrize("turn", [0.0, 360.0])
 @pytest.mark.parametrize("middle", [0.0, 100.0, 179.9, -179.95, -180.0])
 def test_footprint_is_in_one_piece_everywhere(write_envi: Write, tmp_path: Path, middle: float, turn: float) -> None:
@@ -232,6 +238,11 @@ def test_footprint_is_in_one_piece_everywhere(write_envi: Write, tmp_path: Path,
     assert outline is not None
     # Half a pixel (0.05 degrees) beyond the outermost centres.
     assert outline.bounds == pytest.approx((middle - 0.25, 9.85, middle + 0.25, 10.15), abs=1e-4)
+    longitude, latitude = centre_degrees(products)
+    assert abs((longitude - middle + 180.0) % 360.0 - 180.0) < 1e-4
+    assert latitude == pytest.approx(10.0, abs=1e-5)
+    halves = backplanes(write_envi, tmp_path / "halves", longitude_halves(turn), np.full((3, 4), 10.0))
+    assert abs(abs(centre_degrees(halves)[0]) - 180.0) < 0.11
     assert area_km2(outline) == pytest.approx(0.5 * 0.3 * 59.27**2 * np.cos(np.radians(10.0)), rel=2e-3)
 
 

@@ -56,6 +56,16 @@ def refused(path: Path, wanted: tuple[str, ...] = ("PAN", "NIR", "RED"), **optio
 # --- out and in
 
 
+@pytest.mark.parametrize("name", ["zip:a.tif", "GTIFF_DIR:1:x.tif", "a b;c.tif"])
+def test_names_that_mean_something_to_gdal_are_file_names(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_geotiff(Path(name), IMAGE, VALID, GRID, NAMES, tags={})
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    np.testing.assert_array_equal(read_geotiff(Path(name), NAMES).image[VALID], IMAGE[VALID])
+
+
 def test_what_is_written_is_what_rasterio_reads(tmp_path: Path) -> None:
     path = tmp_path / "prediction.tif"
     tags = {"crism.variant": "pnr", "crism.target": "fal"}

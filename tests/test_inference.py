@@ -127,6 +127,14 @@ def test_a_predictor_against_itself_favours_neither() -> None:
     assert found.p == found.adjusted == pytest.approx(1.0)
 
 
+def test_another_order_of_summing_is_no_difference() -> None:
+    values = np.linspace(0.5, 0.9, 20)
+    clusters = [str(i) for i in range(20)]
+    rng = np.random.default_rng(0)
+    (found,) = compare({"ssim": values + rng.normal(0.0, 1e-16, 20)}, {"ssim": values}, clusters, {"ssim": -1.0})
+    assert (found.favour, found.p, found.interval.mean) == (0.5, 1.0, 0.0)
+
+
 def test_p_values_are_uniform_where_nothing_differs() -> None:
     rng = np.random.default_rng(9)
     p = [
@@ -176,7 +184,7 @@ def test_clusters_are_overlapping_footprints_and_regions_without_one() -> None:
     scenes = [
         replace(make_scene(f"frt0000000{i}"), footprint=None if west is None else box(west), region=region)
         for i, (west, region) in enumerate(
-            [(77.0, "jezero"), (77.15, "jezero"), (77.3, "jezero"), (80.0, "jezero"), (None, "nili"), (None, "nili"),
+            [(77.0, "jezero"), (77.15, "jezero"), (77.3, "jezero"), (80.0, "jezero"), (None, "nili"), (None, "nili2"),
              (None, "hale")]
         )
     ]  # fmt: skip

@@ -247,6 +247,18 @@ def test_line_ends_and_mixed_case(write_envi: Write, tmp_path: Path, newline: st
     assert set(open_observation(tmp_path / "FRT0000643D")) == {"if"}
 
 
+def test_two_files_of_one_name_but_for_its_case_are_refused(write_envi: Write, tmp_path: Path) -> None:
+    """Which of them is read, and which its digest is of, would be up to chance."""
+    header = write_envi(tmp_path, CUBE)
+    image = header.with_suffix(".img")
+    other = image.with_name(image.name.upper())
+    other.write_bytes(image.read_bytes())
+    if len(list(tmp_path.iterdir())) == 2:
+        pytest.skip("this disk does not tell upper from lower case")
+    with pytest.raises(ProductError, match="differs in upper and lower case only; remove one of them"):
+        open_product(header)
+
+
 def test_missing_values_become_nan(write_envi: Write, tmp_path: Path) -> None:
     cube = CUBE.copy()
     cube[0, 0, 0], cube[1, 1, 1], cube[2, 2, 2], cube[2, 3, 4] = 65535.0, np.inf, -np.inf, np.nan

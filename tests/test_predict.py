@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,13 +21,13 @@ from crism_mlops.dataset.manifest import Pair
 from crism_mlops.dataset.variants import InputTransform, channels, target_image
 from crism_mlops.errors import CrismError, DatasetError, ModelError, ProductError, SceneError
 from crism_mlops.models import instruct_pix2pix, unet
-from crism_mlops.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crism_mlops.models.checkpoint import CARD, Checkpoint, load_checkpoint, save_checkpoint
 from crism_mlops.products.geometry import grid
 from crism_mlops.products.geotiff import write_geotiff
 from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.simulate import Simulation, write_simulation
 from crism_mlops.scenes.bands import band_image
-from crism_mlops.scenes.filters import CASSIS_BANDS
+from crism_mlops.scenes.filters import CASSIS_BANDS, FILTERS, load_filters
 from crism_mlops.scenes.scene import scene_from_products
 from crism_mlops.studies import run as studies_run
 from crism_mlops.studies.predict import check_output, figure, predict_scene, write_prediction
@@ -89,6 +90,46 @@ def test_a_scene_alone_is_predicted_as_in_evaluation(tmp_path: Path, checkpoint:
         np.testing.assert_array_equal(made.truth, pair.truth)
         np.testing.assert_array_equal(made.source.scene.valid, pair.scene.valid)
         assert made.source.notes == ()
+
+
+def test_a_checkpoint_predicts_through_the_filters_that_it_was_trained_with(
+    tmp_path: Path, observation: Path, real_data: Path
+) -> None:
+    """Whatever has become of the file that they came from."""
+    table = tmp_path / "filters.txt"
+    table.write_bytes((real_data / "cassis" / "cassis-response-mtrdr.txt").read_bytes())
+    config = RunConfig.model_validate({
+        "data": {"source": "simulated", "resolution": 32, "filters": str(table)},
+        "model": {"kind": "unet", "encoder": "resnet18", "encoder_weights": None}, "evaluate": {"chunk": 2},
+    })  # fmt: skip
+    assert config.model.kind == "unet"
+    filters = load_filters(table)
+    card = Checkpoint(config, InputTransform("pnr", "physical"), "0" * 16, 1, 1, 1.0, {}, filters=filters)
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(unet.build(config.model, 3, 1), folder, card)
+    assert load_checkpoint(folder)[1].filters == filters
+    before = predict_scene(folder, observation, "cpu")
+    expected = band_image(open_observation(observation)["if"], filters)
+    valid = before.source.scene.valid
+    np.testing.assert_array_equal(before.source.scene.bands[valid], expected[valid])
+    table.unlink()
+    np.testing.assert_array_equal(predict_scene(folder, observation, "cpu").scaled, before.scaled)
+
+
+def test_filters_whose_responses_are_computed_otherwise_are_not_taken(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({
+        "data": {"source": "simulated", "resolution": 32},
+        "model": {"kind": "unet", "encoder": "resnet18", "encoder_weights": None},
+    })  # fmt: skip
+    assert config.model.kind == "unet"
+    card = Checkpoint(config, InputTransform("pnr", "physical"), "0" * 16, 1, 1, 1.0, {}, filters=FILTERS)
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(unet.build(config.model, 3, 1), folder, card)
+    content = json.loads((folder / CARD).read_text())
+    content["filters_digest"] = "of another version"
+    (folder / CARD).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="filters' responses are computed otherwise"):
+        load_checkpoint(folder)
 
 
 def test_a_file_of_its_bands_gives_an_observation_s_prediction(

@@ -107,6 +107,11 @@ def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(SceneError, match="cannot be written"):
         write_quicklook(make_scene(), tmp_path / "none" / "a.png")
+    cube = tmp_path / "frt0000643d_07_if164j_mtr3.img"
+    cube.write_bytes(b"a gigabyte of Mars")
+    with pytest.raises(SceneError, match=r"a picture is a PNG; name a \.png file"):
+        write_quicklook(make_scene(), cube)
+    assert cube.read_bytes() == b"a gigabyte of Mars"
 
 
 # --- rows

@@ -19,13 +19,16 @@ import crism_mlops
 from crism_mlops.config import RunConfig, SplitConfig, SweepConfig
 from crism_mlops.dataset.manifest import build_manifest
 from crism_mlops.errors import CrismError, EvaluationError, TrackingError
+from crism_mlops.evaluation.evaluate import Predicted
 from crism_mlops.evaluation.prompts import WAYS
-from crism_mlops.models.checkpoint import Checkpoint, save_checkpoint
+from crism_mlops.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.products.geotiff import write_geotiff
+from crism_mlops.scenes.filters import FILTERS
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
 from crism_mlops.studies.floors import log_floors
+from crism_mlops.studies.images import resized
 from crism_mlops.studies.published import import_published
 from crism_mlops.studies.score import difference_rows, evaluate, score_prompts
 from crism_mlops.tracking import Tracker
@@ -81,6 +84,39 @@ def ended(desk: Desk, name: str) -> str:
     return name
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "I;16"])
+def test_pictures_that_would_be_converted_are_refused(desk: Desk, tmp_path: Path, mode: str) -> None:
+    for name in truths(desk):
+        Image.new(mode, (32, 32)).save(tmp_path / f"{name}.png")
+    with pytest.raises(EvaluationError, match=f"its mode is {mode}, expected 8-bit RGB"):
+        desk.score("mine", tmp_path)
+
+
+def test_a_geotiff_is_read_by_its_own_band_descriptions(desk: Desk, tmp_path: Path) -> None:
+    from crism_mlops.dataset.variants import inverse_target
+
+    names = TARGET_PARAMETERS["fal"]
+    masks = {s.observation_id: s.valid for s in desk.scenes}
+
+    def write(described: tuple[str, ...], order: slice = slice(None), hole: bool = False) -> None:
+        for name, truth in truths(desk).items():
+            image = inverse_target(truth, "fal", "physical")[..., order]
+            valid = masks[name].copy()
+            if hole:
+                valid[np.unravel_index(np.flatnonzero(valid)[0], valid.shape)] = False
+            path = tmp_path / f"{name}.tif"
+            write_geotiff(path, image, valid, None, described, ("I/F",) * 3, tags={})
+
+    write(names[::-1], slice(None, None, -1))
+    assert desk.score("mine", tmp_path).table.means("valid")["rmse"] == pytest.approx(0.0, abs=1e-4)
+    write(("D2300", "BD2500_2", "BD1900_2"))
+    with pytest.raises(CrismError, match="R2529 stands in no band description"):
+        desk.score("mine", tmp_path)
+    write(names, hole=True)
+    with pytest.raises(EvaluationError, match="spans nan"):
+        desk.score("mine", tmp_path)
+
+
 def test_only_the_split_asked_for_is_scored_and_logged(desk: Desk) -> None:
     run = desk.tracker.run(desk.score("floor:linear", split="validation", log_it=True).run_id)
     assert desk.tracker.test_readings() == []
@@ -118,6 +154,12 @@ def test_what_has_another_truth_is_not_compared(desk: Desk) -> None:
 def test_an_evaluation_that_fails_leaves_a_failed_run(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with pytest.raises(EvaluationError, match="0 images of"):
+        desk.score("mine", tmp_path / "images", log_it=True)
+    assert not desk.tracker.find(), "nothing was begun, and no reading is counted"
+    assert not desk.tracker.test_readings()
+    for name, truth in truths(desk).items():
+        np.save(tmp_path / "images" / f"{name}.npy", truth + np.float32(0.5))
+    with pytest.raises(EvaluationError, match=r"where the scene has data; expected 0\.\.1"):
         desk.score("mine", tmp_path / "images", log_it=True)
     (run,) = desk.tracker.find(crism_kind="evaluation")
     assert (run.status, run.tags["crism.stopped"]) == ("FAILED", "failed")
@@ -172,7 +214,15 @@ def test_predictions_of_our_own_as_geotiff_are_on_the_same_scale(desk: Desk, tmp
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"no image", "not a readable image"), (np.zeros((5, 5, 3), np.float32), "5 x 5 x 3; the truth")],
+    [
+        (b"no image", "not a readable image"),
+        (b"", "not a readable image"),
+        (np.zeros((5, 5, 3), np.float32), "5 x 5 x 3; the truth"),
+        (np.zeros((32, 32, 3), np.complex64), "expected one array of floats"),
+        (np.zeros((32, 32, 3), np.uint8), "expected one array of floats"),
+        (np.full((32, 32, 3), np.nan, np.float32), r"spans nan to nan .*expected 0\.\.1"),
+        (np.full((32, 32, 3), 7.0, np.float32), r"spans 7 to 7 .*expected 0\.\.1"),
+    ],
 )
 def test_images_of_no_use(desk: Desk, tmp_path: Path, content: Any, says: str) -> None:
     folder = tmp_path / "images"
@@ -189,6 +239,63 @@ def test_scoring_at_another_size(desk: Desk) -> None:
     a, b = (one.table.means("thesis")["pcc"] for one in (small, large))
     assert a != b
     assert a == pytest.approx(b, abs=0.05)
+
+
+@pytest.mark.parametrize("side", [24, 50, 64])
+def test_what_stands_under_no_data_does_not_reach_valid_pixels(desk: Desk, side: int) -> None:
+    pairs = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split).pairs("validation")
+    images = [np.where(p.scene.valid[..., None], p.truth, np.float32(fill)) for p in pairs for fill in (0.0, 0.5)]
+    twice = [p for p in pairs for _ in range(2)]
+    predicted, smaller = resized(Predicted(images), twice, side)
+    for image, pair in zip(predicted.images, smaller, strict=True):
+        np.testing.assert_allclose(image[pair.scene.valid], pair.truth[pair.scene.valid], atol=1e-6)
+        assert pair.scene.valid.shape == (side, side)
+    whole, _ = resized(Predicted(images), twice, side, whole=True)
+    assert not np.allclose(whole.images[0], whole.images[1]), "as published, it does"
+
+
+# ---- what a checkpoint may be scored on
+
+
+def net(desk: Desk, folder: Path, **about: Any) -> Path:
+    """An untrained U-Net's checkpoint."""
+    from crism_mlops.models import unet
+
+    config = desk.sweep.run_config({})
+    assert config.model.kind == "unet"
+    manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
+    card = Checkpoint(config, manifest.transform, manifest.digest, 1, 1, None, {}, manifest.carbonate, **about)
+    save_checkpoint(unet.build(config.model, 3, 0), folder, card)
+    return folder
+
+
+def test_a_checkpoint_is_not_scored_on_what_it_has_seen(desk: Desk, tmp_path: Path) -> None:
+    split = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split).split
+    seen = {"train": split.train, "validation": split.validation}
+    folder = net(desk, tmp_path / "checkpoint", seen=seen)
+    assert read_checkpoint(folder).seen == seen
+    for part in ("train", "validation", "test", "test_balanced"):
+        desk.score("own", folder, split=part)
+    readings = len(desk.tracker.test_readings())
+    other = replace(desk, sweep=desk.sweep.model_copy(update={"split": SplitConfig(validation=0.2, test=0.4, seed=7)}))
+    with pytest.raises(EvaluationError, match=r"of the \d+ scenes of test were in its own train.* worth nothing"):
+        other.score("own", folder)
+    assert len(desk.tracker.test_readings()) == readings
+
+
+def test_a_checkpoint_is_scored_by_the_masks_and_filters_it_knows(desk: Desk, tmp_path: Path) -> None:
+    folder = net(desk, tmp_path / "checkpoint")
+    data = desk.sweep.data.model_dump(mode="json")
+    for change, says in (
+        ({"carbonate": {"minimum_depth": 0.03}}, r"data\.carbonate.*--set 'data\.carbonate=\{"),
+        ({"target": "car"}, r"data\.target fal, the sweep says car"),
+    ):
+        other = replace(desk, sweep=small_sweep(data={**data, **change}))
+        with pytest.raises(EvaluationError, match=says):
+            other.score("own", folder)
+    folder = net(desk, tmp_path / "filtered", filters=(*FILTERS[:-1], replace(FILTERS[-1], width_nm=300.0)))
+    with pytest.raises(EvaluationError, match="other filters than the sweep's"):
+        desk.score("own", folder)
 
 
 # ---- prompts

@@ -152,7 +152,7 @@ def test_a_store_travels_between_processes(tmp_path: Path) -> None:
     assert (again.url, again.mirror, again.folder) == (store.url, store.mirror, store.folder)
 
 
-@pytest.mark.parametrize("url", ["nonsense://bucket/x", "http+weird://"])
+@pytest.mark.parametrize("url", ["nonsense://bucket/x", "http+weird://", "github://x", "reference://x", "dir://x"])
 def test_a_url_of_no_use(tmp_path: Path, url: str) -> None:
     with pytest.raises(StoreError, match="give a folder, or a URL"):
         Store(url, tmp_path).exists("x")
@@ -193,9 +193,34 @@ def test_arrays_are_mapped_and_damage_is_told(tmp_path: Path) -> None:
     if maps.exists():
         assert str(path) in maps.read_text(), "the file is mapped, not copied"
     path.write_bytes(path.read_bytes()[:-5])
+    store = Store(str(tmp_path), tmp_path)
     for read in (map_arrays, read_facts):
-        with pytest.raises(StoreError, match=r"damaged .*remove the file"):
-            read(path)
+        with pytest.raises(StoreError, match=r"x\.safetensors: damaged .*remove it"), store.reading(path.name) as local:
+            read(local)
+
+
+def test_damage_elsewhere_is_named_there_and_its_copy_is_forgotten(tmp_path: Path) -> None:
+    import fsspec
+
+    store = Store(f"memory://{tmp_path.name}/crism", tmp_path / "one")
+    name = "scenes/ab/abc.safetensors"
+    local = store.put(name, lambda path: write_arrays(path, {"a": np.zeros(3)}, {}))
+    store.check_size(name)
+    with fsspec.filesystem("memory").open(f"/{tmp_path.name}/crism/{name}", "wb") as handle:
+        handle.write(b"xx")
+    with pytest.raises(StoreError, match=r"memory://.*scenes/ab/abc\.safetensors: damaged \(it has 2 bytes"):
+        store.check_size(name)
+    local.unlink()
+    with (
+        pytest.raises(StoreError, match=r"memory://.*abc\.safetensors: damaged .*remove it"),
+        store.reading(name) as path,
+    ):
+        read_facts(path)
+    assert not local.exists()
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}/crism/{name}")
+    store.put(name, lambda path: write_arrays(path, {"a": np.ones(3)}, {}))
+    with store.reading(name) as path:
+        assert map_arrays(path)["a"].sum() == 3.0, "the message was right: removed, and built anew"
 
 
 def test_content_digest_sees_values_shape_and_type() -> None:

@@ -14,9 +14,10 @@ import pytest
 from optuna.trial import TrialState
 from trackers import new_tracker, optuna_store, small_scenes, small_sweep
 
-from crism_mlops.config import RunConfig, SweepConfig
+from crism_mlops.config import RunConfig, SplitConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import StudyError, TrackingError
+from crism_mlops.errors import EvaluationError, StudyError, TrackingError
+from crism_mlops.models.checkpoint import read_checkpoint
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies import study as study_module
 from crism_mlops.studies.run import Hooks, TrackedRun
@@ -558,7 +559,8 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
     tracker = RecordingTracker(new_tracker(tmp_path).uri, "crism-test")
     bench = Bench(tmp_path, Trials(), tracker)
     sweep = small_sweep(
-        trials=2, pruner=PRUNER, train={"epochs": 2, "batch_size": 8}, search={"train.weight_decay": {"choice": [0.0]}}
+        trials=2, pruner=PRUNER, train={"epochs": 2, "batch_size": 8},
+        search={"data.views": {"choice": [["whole", "vflip"]]}},
     )  # fmt: skip
     original = optuna.trial.Trial.report
     monkeypatch.setattr(
@@ -597,7 +599,14 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
     result = evaluate("the trial", folder, sweep, simulated_scenes, "test_balanced", tracker)
     for name, value in result.table.means("valid").items():
         assert value == done.metrics[f"test/{name}"], name
-    assert result.data_digest == result.checkpoint_data_digest == done.params["data_digest"]
+    assert result.checkpoint_data_digest == done.params["data_digest"]
+    assert result.data_digest != done.params["data_digest"], "the sweep's own views are others than the trial's"
+
+    seen = read_checkpoint(folder).seen
+    assert set(seen) == {"train", "validation"}
+    other = sweep.model_copy(update={"split": SplitConfig(validation=0.2, test=0.4, seed=9)})
+    with pytest.raises(EvaluationError, match="worth nothing"):
+        evaluate("the trial", folder, other, simulated_scenes, "test", tracker)
 
     floors = {r.tags["crism.model"]: r for r in bench.runs("floor")}
     assert set(floors) == {"copy", "mean", "linear", "boosted"}

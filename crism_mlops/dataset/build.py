@@ -15,7 +15,7 @@ from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.dataset.variants import physical_ranges
 from crism_mlops.errors import ConfigError, ProductError, SceneError
 from crism_mlops.products.observations import observation_folders
-from crism_mlops.scenes.build import BuiltScene, SceneTask, build_scenes, load_built, open_store
+from crism_mlops.scenes.build import BuiltScene, SceneTask, build_scenes, left_out, load_built, open_store
 from crism_mlops.scenes.filters import load_filters
 from crism_mlops.scenes.labels import read_labels
 from crism_mlops.scenes.scene import Scene
@@ -50,8 +50,9 @@ class BuildReport:
 
     @property
     def made(self) -> int:
-        """Scenes that were not in the store before."""
-        return sum(one.made for one in self.built)
+        """Scenes of the data sets that were not in the store before."""
+        unused = left_out(self.built)
+        return sum(one.made for index, one in enumerate(self.built) if index not in unused)
 
     def as_json(self) -> dict[str, Any]:
         """Counts, what was left out and why, and the data sets."""
@@ -65,7 +66,7 @@ class BuildReport:
     @property
     def left_out(self) -> dict[str, str]:
         """Folder and reason of the observations that could not be used."""
-        return {str(one.folder): one.problem for one in self.built if one.problem is not None}
+        return {str(self.built[index].folder): reason for index, reason in left_out(self.built).items()}
 
 
 def build_data_sets(
@@ -184,5 +185,8 @@ def _record(manifest: Manifest, samples: int, stored: Sequence[str]) -> DataSet:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     store.put(name, write)
+    with store.reading(name) as path:
+        if (said := json.loads(path.read_text(encoding="utf-8"))["digest"]) != manifest.digest:
+            raise ValueError(f"it is the record of data set {said}")
     size = sum(store.path(one).stat().st_size for one in stored)
     return DataSet(manifest.digest, name, data.variant, data.normalization, samples, size)

@@ -17,6 +17,7 @@ from crism_mlops.dataset.samples import SAMPLER_VERSION, Samples, build_samples
 from crism_mlops.dataset.split import Split, split_scenes
 from crism_mlops.dataset.variants import InputTransform, fit_transform, target_image, target_key
 from crism_mlops.errors import EvaluationError
+from crism_mlops.scenes.filters import FILTERS, Filter, load_filters
 from crism_mlops.scenes.scene import Scene
 
 SeenSplit = Literal["train", "validation"]
@@ -64,6 +65,8 @@ class Manifest:
     transform: InputTransform
     data: DataConfig
     seed: int
+    # What the scenes' bands were made through; a checkpoint keeps them.
+    filters: tuple[Filter, ...] = field(default=FILTERS, repr=False, compare=False)
     # What was fitted for one variant serves the others of the same scenes and split.
     rules: dict[str, CarbonateRule | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -118,6 +121,12 @@ class Manifest:
         return digest_of({"scenes": [s.content for s in self.of("test")], "balanced": self.split.test_balanced})
 
     @cached_property
+    def inputs_digest(self) -> str:
+        """Digest of what a predictor is shown and held against: the same whatever the views and the resolution."""
+        kind = {"transform": asdict(self.transform), "target": target_key(self.data)}
+        return digest_of({"scenes": self.scenes_digest, **kind})
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the scenes, the split, the variant, what was fitted for it, the target and the views."""
         return digest_of(
@@ -147,4 +156,5 @@ def build_manifest(
     of_train = set(parts.train)
     train = [s for s in ordered if s.observation_id in of_train]
     transform = fit_transform(train, data.variant, data.normalization, data.ranges)
-    return Manifest(tuple(ordered), parts, transform, data, split.seed, {} if rules is None else rules)
+    filters = load_filters(data.filters)
+    return Manifest(tuple(ordered), parts, transform, data, split.seed, filters, {} if rules is None else rules)

@@ -16,7 +16,7 @@ from crism_mlops.dataset.variants import InputTransform, channels, target_image,
 from crism_mlops.dataset.views import apply_view, views_of
 from crism_mlops.scenes.build import load_scene, open_store, scene_name_of
 from crism_mlops.scenes.scene import Scene
-from crism_mlops.scenes.store import map_tensors, read_facts, whole, write_arrays
+from crism_mlops.scenes.store import map_tensors, read_facts, write_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -152,9 +152,8 @@ class Samples(Sequence[Sample]):
         self.stored = tuple(stored)
         self._rows: list[tuple[Scene, dict[str, torch.Tensor], int, str]] = []
         for scene, name in zip(scenes, stored, strict=True):
-            path = store.path(name)
-            tensors = map_tensors(path)
-            with whole(path):
+            with store.reading(name) as path:
+                tensors = map_tensors(path)
                 views = [str(view) for view in json.loads(read_facts(path)["views"])]
                 expected = {
                     "input": (len(views), channels(data.variant), data.resolution, data.resolution),

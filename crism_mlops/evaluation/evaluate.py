@@ -16,6 +16,7 @@ from crism_mlops.config import DataConfig, EvaluateConfig
 from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.manifest import Pair
 from crism_mlops.dataset.prompts import scene_prompt
+from crism_mlops.dataset.split import region_name
 from crism_mlops.dataset.views import WHOLE, apply_view
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.carbonate import count
@@ -38,12 +39,15 @@ class Predicted:
 
     Of several draws of a diffusion model images holds the mean; spreads the standard deviation
     between draws (H x W x 3 float32, one draw fewer as divisor), and draw_rmse each draw's own RMSE
-    (0..255, valid pixels). Both are None where there is one draw.
+    (0..255, valid pixels). Both are None where there is one draw. halves: the same deviation among the
+    first half of the draws and among the second, of valid pixels only (2 x pixels x 3); None for
+    fewer than four draws.
     """
 
     images: Sequence[NDArray[np.float32]]
     spreads: Sequence[NDArray[np.float32]] | None = None
     draw_rmse: Sequence[tuple[float, ...]] | None = None
+    halves: Sequence[NDArray[np.float32]] | None = None
 
 
 def noise_seed(seed: int, observation_id: str, draw: int = 0) -> int:
@@ -95,6 +99,7 @@ def predict_pairs(
     images: list[NDArray[np.float32]] = []
     spreads: list[NDArray[np.float32]] = []
     draw_rmse: list[tuple[float, ...]] = []
+    halves: list[NDArray[np.float32]] = []
     for start in range(0, len(pairs), config.chunk):
         part = pairs[start : start + config.chunk]
         words = (
@@ -120,7 +125,10 @@ def predict_pairs(
             spreads.append(stack.std(axis=0, ddof=1))
             errors = (stack - pair.truth)[:, pair.scene.valid].astype(np.float64)
             draw_rmse.append(tuple(255.0 * np.sqrt((errors**2).mean(axis=(1, 2)))))
-    return Predicted(images) if config.draws == 1 else Predicted(images, spreads, draw_rmse)
+            if config.draws >= 4:
+                shown = stack[:, pair.scene.valid]
+                halves.append(np.stack([part.std(axis=0, ddof=1) for part in np.array_split(shown, 2)]))
+    return Predicted(images) if config.draws == 1 else Predicted(images, spreads, draw_rmse, halves or None)
 
 
 def score_pairs(
@@ -149,7 +157,7 @@ def score_pairs(
     for index, (scene, cluster, one) in enumerate(zip(scenes, clusters_of(scenes), scored, strict=True)):
         identity = scene.observation_id
         row: dict[str, Any] = {
-            "observation_id": identity, "region": scene.region, "kind": scene.kind, "cluster": cluster,
+            "observation_id": identity, "region": region_name(scene), "kind": scene.kind, "cluster": cluster,
             "truth_digest": truth_digest(truths[index], scene.valid), **one.figures
         }  # fmt: skip
         # A constant channel is usual in a floor; what has no figure for the whole scene spoils a mean.
@@ -178,10 +186,13 @@ def truth_digest(truth: NDArray[np.float32], valid: NDArray[np.bool_]) -> str:
 class Calibration:
     """Whether the spread between draws tells the error of their mean.
 
-    bins: mean predicted standard deviation, RMS error (both 0..255) and number of values, by tenths
-    of the predicted deviation; spread, error: RMS of both over all; coverage: share of the values
-    whose truth lies within the 95 % interval that the draws predict. The predicted deviation is that
-    of truth minus mean of k draws, were truth one draw more: s sqrt(1 + 1/k).
+    bins: RMS predicted standard deviation, RMS error (both 0..255) and number of values, by tenths of
+    the deviation among the first half of the draws; the predicted one is that of the second half.
+    (Sorted by the very deviation that is shown, a calibrated model's bins would lie off the line, as few
+    draws' deviation is mostly noise.) One bin of all values for fewer than four draws. spread, error:
+    RMS of both over all; coverage: share of the values whose truth lies within the 95 % interval that
+    the draws predict. The predicted deviation is that of truth minus mean of k draws, were truth one
+    draw more: s sqrt(1 + 1/k).
     """
 
     bins: tuple[tuple[float, float, int], ...]
@@ -197,21 +208,25 @@ def calibration(predictions: Predicted, pairs: Sequence[Pair]) -> Calibration | 
     from scipy.stats import t
 
     draws = len(predictions.draw_rmse[0])
+    # Of the truth minus a mean of k draws, were the truth one draw more.
+    scale = 255.0 * np.sqrt(1.0 + 1.0 / draws)
     spreads, errors = [], []
     for index, (image, spread) in enumerate(zip(predictions.images, predictions.spreads, strict=True)):
         pair = pairs[index]
-        spreads.append(255.0 * spread[pair.scene.valid].ravel() * np.sqrt(1.0 + 1.0 / draws))
+        spreads.append(scale * spread[pair.scene.valid].ravel())
         errors.append(255.0 * np.abs(image - pair.truth)[pair.scene.valid].ravel())
     predicted, error = np.concatenate(spreads), np.concatenate(errors)
-    order = np.argsort(predicted, kind="stable")
-    bins = tuple(
-        (float(predicted[part].mean()), float(np.sqrt((error[part] ** 2).mean())), len(part))
-        for part in np.array_split(order, 10)
-        if len(part)
-    )
+    parts, shown = [np.arange(len(error))], predicted
+    if predictions.halves is not None:
+        first, second = (np.concatenate([half[i].ravel() for half in predictions.halves]) for i in (0, 1))
+        parts, shown = np.array_split(np.argsort(first, kind="stable"), 10), scale * second
+    bins = tuple((_rms(shown[part]), _rms(error[part]), len(part)) for part in parts if len(part))
     within = error <= t.ppf(0.975, draws - 1) * predicted
-    rms = [float(np.sqrt((values**2).mean())) for values in (predicted, error)]
-    return Calibration(bins, rms[0], rms[1], float(within.mean()))
+    return Calibration(bins, _rms(predicted), _rms(error), float(within.mean()))
+
+
+def _rms(values: NDArray[np.floating[Any]]) -> float:
+    return float(np.sqrt((values.astype(np.float64) ** 2).mean()))
 
 
 def round_trips(model: Any, pairs: Sequence[Pair], resolution: int) -> Predicted:

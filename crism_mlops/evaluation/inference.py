@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from crism_mlops.dataset.footprints import overlaps
+from crism_mlops.dataset.split import region_name
 from crism_mlops.errors import EvaluationError
 from crism_mlops.scenes.scene import Scene
 
@@ -23,6 +24,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 # Of fewer clusters a bootstrap knows too little: see docs/evaluation.md for what intervals cover.
 FEWEST_CLUSTERS = 8
+# Two orders of summing give the last digits otherwise: that is no difference.
+_NOISE = 1e-9
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -50,9 +53,10 @@ class Interval:
     def __str__(self) -> str:
         if math.isnan(self.mean):
             return f"undefined ({self.undefined} of {self.scenes} scenes)" if self.undefined else "undefined"
+        of = f", {self.scenes - self.undefined} of {self.scenes} scenes" if self.undefined else ""
         if self.too_few:
-            return f"{self.mean:.4g} (too few: {self.clusters} independent scenes of {FEWEST_CLUSTERS})"
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+            return f"{self.mean:.4g} (too few: {self.clusters} independent scenes of {FEWEST_CLUSTERS}{of})"
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]{of}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ def clusters_of(scenes: Sequence[Scene]) -> list[str]:
     names = []
     for scene, number in zip(scenes, component, strict=True):
         if scene.footprint is None:
-            names.append(f"region {scene.region}")
+            names.append(f"region {region_name(scene)}")
         else:
             names.append(first.setdefault(int(number), scene.observation_id))
     return names
@@ -142,6 +146,7 @@ def compare(
         if a.shape != b.shape:
             raise EvaluationError(f"{metric}: {len(a)} scenes against {len(b)}; compare the same scenes")
         change = a - b
+        change[np.abs(change) < _NOISE] = 0.0
         whole = mean_interval(change, clusters)
         _, drawn = _resampled(np.column_stack([change, np.ones(len(change))]), clusters)
         if drawn is None or math.isnan(whole.mean):

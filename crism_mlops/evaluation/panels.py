@@ -103,7 +103,7 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
 
 
 def calibration_figure(bins: Sequence[tuple[float, float, int]], title: str) -> Figure:
-    """Predicted standard deviation against RMS error (0..255) of each bin; a calibrated spread lies on the line.
+    """RMS predicted standard deviation against RMS error (0..255) of each bin; a calibrated spread lies on the line.
 
     A point's area goes with its bin's number of values (pixels x channels). Raises EvaluationError without a bin.
     """

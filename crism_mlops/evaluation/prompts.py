@@ -9,6 +9,7 @@ import numpy as np
 
 from crism_mlops.dataset.manifest import Manifest, Pair
 from crism_mlops.dataset.prompts import scene_prompt
+from crism_mlops.dataset.split import region_name
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.carbonate import BINS, Counts
 from crism_mlops.evaluation.evaluate import Predicted, score_pairs
@@ -74,14 +75,14 @@ def region_floor(table: ScoreTable, pairs: Sequence[Pair], manifest: Manifest) -
     for scene in train:
         assert scene.carbonate is not None
         pixels = np.array([scene.carbonate.sum(), scene.valid.sum()], dtype=np.float64)
-        for key in (scene.region, ""):
+        for key in (region_name(scene), ""):
             sums[key] = sums.get(key, 0.0) + pixels
     counts = {}
     for i in range(len(pairs)):
         scene = pairs[i].scene
         if scene.carbonate is None:
             continue
-        found, of = sums.get(scene.region, sums[""])
+        found, of = sums.get(region_name(scene), sums[""])
         share, true, valid = found / of, int(scene.carbonate.sum()), int(scene.valid.sum())
         curve = np.zeros((2, BINS))
         curve[:, min(int(share * BINS), BINS - 1)] = true, valid - true

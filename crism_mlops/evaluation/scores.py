@@ -74,7 +74,8 @@ class ScoreTable:
             if name != "ap":
                 sums = sums[:, : len(carbonate.COUNTS)]
             found = interval(sums, [r["cluster"] for r in known], partial(carbonate.figure, name))
-            return replace(found, undefined=len(self.rows) - len(known))
+            # A scene without a mask has no carbonate to be found or missed: it is told, and left out.
+            return replace(found, scenes=len(self.rows), undefined=len(self.rows) - len(known))
         return mean_interval([r[figure] for r in self.rows], clusters)
 
     def strata(self) -> Iterator[tuple[str, ScoreTable]]:
@@ -117,8 +118,7 @@ class ScoreTable:
             found |= chosen.bounded(prefix, {f"carbonate_{name}": f"carbonate/{name}" for name in names})
             for name in names:
                 found[f"{prefix}/carbonate_{name}_ceiling"] = chosen.interval(f"carbonate_ceiling/{name}").mean
-        # A figure that nothing defines (no carbonate anywhere) is left out; a mean that is NaN is told.
-        return {k: v for k, v in found.items() if "carbonate_" not in k or not math.isnan(v)}
+        return found
 
     def bounded(self, prefix: str, figures: Mapping[str, str]) -> dict[str, float]:
         """`PREFIX/NAME`, `_low` and `_high` (where there are enough scenes), `_undefined` (where there are any)."""
@@ -128,24 +128,22 @@ class ScoreTable:
             found[f"{prefix}/{name}"] = one.mean
             if not math.isnan(one.low):
                 found |= {f"{prefix}/{name}_low": one.low, f"{prefix}/{name}_high": one.high}
-            if one.undefined and not figure.startswith("carbonate"):
+            if one.undefined:
                 found[f"{prefix}/{name}_undefined"] = one.undefined
         return found
 
     def strata_summary(self, prefix: str) -> dict[str, float]:
-        """`PREFIX_carbonate/...`, `PREFIX_barren/...`, `PREFIX_region/NAME/rmse` and `PREFIX_worst/...`."""
+        """`PREFIX_carbonate/...`, `PREFIX_barren/...`, `PREFIX_region/NAME/...` and `PREFIX_worst/...`."""
         found: dict[str, float] = {}
         for name, table in self.strata():
-            if name in ("carbonate", "barren", "unknown"):
+            if name in ("carbonate", "barren", "unknown") or name != "all":
                 found |= table.bounded(f"{prefix}_{name}", {m: f"valid/{m}" for m in METRICS})
-            elif name != "all":
-                found |= table.bounded(f"{prefix}_{name}", {"rmse": "valid/rmse"})
         return found | {f"{prefix}_worst/{m}": self.worst(m) for m in METRICS}
 
     def strata_rows(self) -> list[dict[str, Any]]:
         """A table for people: one row a stratum and figure, with interval and number of scenes."""
         rows = []
-        figures = [f"valid/{m}" for m in METRICS]
+        figures = [f"{p}/{name}" for p, names in FIGURES.items() for name in names if f"{p}/{name}" in self.rows[0]]
         if self.counts:
             figures += [f"carbonate/{name}" for name in carbonate.FIGURES]
         for name, table in self.strata():

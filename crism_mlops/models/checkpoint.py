@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.unet import UNet
+from crism_mlops.scenes.filters import Filter, filters_digest
 
 CARD = "crism.json"
 FORMAT = 1
@@ -34,8 +35,10 @@ _REFUSED = {
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What `crism.json` says: the run's configuration, the input transform, the data digest, the
-    epoch and step it was taken at, its validation score, a digest of every other file, and how
-    carbonate is told from its predictions (None: of an older version, or nobody knows)."""
+    epoch and step it was taken at, its validation score, a digest of every other file, how
+    carbonate is told from its predictions (None: of an older version, or nobody knows), and the
+    filters that its bands were made through (empty: of an older version). seen: by split, the ids of
+    the observations that it was trained on ("train") and chosen by ("validation"); empty: of an older version."""
 
     config: RunConfig
     transform: InputTransform
@@ -45,6 +48,8 @@ class Checkpoint:
     score: float | None
     files: dict[str, str]
     carbonate: CarbonateRule | None = None
+    filters: tuple[Filter, ...] = ()
+    seen: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -69,6 +74,9 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
             "score": checkpoint.score,
             "files": files,
             "carbonate": None if checkpoint.carbonate is None else asdict(checkpoint.carbonate),
+            "filters": [asdict(one) for one in checkpoint.filters],
+            "filters_digest": filters_digest(checkpoint.filters),
+            "seen": checkpoint.seen,
         }
         (partial / CARD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -111,7 +119,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         transform = _transform(content["transform"])
         checkpoint = Checkpoint(
             config, transform, str(content["data_digest"]), int(content["epoch"]), int(content["step"]),
-            content["score"], dict(content["files"]), _rule(content.get("carbonate")),
+            content["score"], dict(content["files"]), _rule(content.get("carbonate")), _filters(content),
+            {str(part): tuple(map(str, ids)) for part, ids in content.get("seen", {}).items()},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(f"{card}: damaged or of another version ({' '.join(str(error).split())[:160]})") from error
@@ -142,6 +151,16 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[UNet | InstructP
 
 def _transform(content: dict[str, Any]) -> InputTransform:
     return InputTransform(**{name: _frozen(value) for name, value in content.items()})
+
+
+def _filters(content: dict[str, Any]) -> tuple[Filter, ...]:
+    """Raises ValueError for filters that let other light through than those the model was trained with."""
+    filters = tuple(
+        Filter(**{**one, "nm": tuple(one["nm"]), "values": tuple(one["values"])}) for one in content.get("filters", [])
+    )
+    if filters and filters_digest(filters) != content.get("filters_digest"):
+        raise ValueError("its filters' responses are computed otherwise in this version; train it again")
+    return filters
 
 
 def _rule(content: dict[str, Any] | None) -> CarbonateRule | None:

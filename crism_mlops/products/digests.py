@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import uuid
 from collections.abc import Collection, Sequence
@@ -15,6 +16,7 @@ from crism_mlops.errors import ProductError, StoreError
 from crism_mlops.products.mtrdr import parse_name
 from crism_mlops.products.observations import RECEIPT, open_observation
 
+log = logging.getLogger(__name__)
 _SUFFIXES = (".img", ".hdr", ".lbl", ".txt")
 # What reading a JSON file that does not hold what it should may raise.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -102,13 +104,18 @@ def keep_receipt(folder: Path, digests: Digests) -> None:
 def drop_images(folder: Path, digests: Digests) -> int:
     """Remove the images that digests are of, after a receipt of them; returns the bytes freed.
 
-    No other file is touched. Headers and labels stay: the folder is still an observation's. Raises ProductError if the
+    No other file is touched. Headers and labels stay: the folder is still an observation's. Where an image is
+    a link, what it points to is not ours: all images stay, and it is said. Raises ProductError if the
     folder refuses.
     """
     freed = 0
     try:
+        images = product_images(folder, digests.products)
+        if links := [path.name for path in images if path.is_symlink()]:
+            log.warning("%s: nothing dropped, as %s is a link to a file elsewhere", folder.name, links[0])
+            return 0
         _write(folder / RECEIPT, digests)
-        for path in product_images(folder, digests.products):
+        for path in images:
             freed += path.stat().st_size
             path.unlink()
     except OSError as error:
@@ -117,11 +124,11 @@ def drop_images(folder: Path, digests: Digests) -> int:
 
 
 def product_images(folder: Path, kinds: Collection[str]) -> list[Path]:
-    """The images in a folder that are CRISM products of some kinds; links are not followed."""
+    """The images in a folder that are CRISM products of some kinds."""
     found = []
     for path in _files(folder):
         name = parse_name(path)
-        if path.suffix.lower() == ".img" and name is not None and name.kind in kinds and not path.is_symlink():
+        if path.suffix.lower() == ".img" and name is not None and name.kind in kinds:
             found.append(path)
     return found
 

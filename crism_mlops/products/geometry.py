@@ -167,8 +167,11 @@ def centre_degrees(products: dict[str, Product]) -> tuple[float, float]:
     """
     planes = _backplanes(products)
     if planes is not None and np.isfinite(planes).all(axis=-1).any():
-        longitude, latitude = np.nanmedian(planes.reshape(-1, 2), axis=0)
-        return east_longitude_180(float(longitude)), float(latitude)
+        longitudes, latitudes = planes.reshape(-1, 2).T.astype(np.float64)
+        # Round some longitude of its own: an observation may lie across the 180th meridian.
+        first = float(longitudes[np.flatnonzero(np.isfinite(longitudes))[0]])
+        middle = first + float(np.nanmedian(_wrapped(longitudes - first)))
+        return east_longitude_180(middle), float(np.nanmedian(latitudes))
     for product in products.values():
         place = grid(product)
         if place is not None:

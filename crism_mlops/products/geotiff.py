@@ -65,7 +65,8 @@ def write_geotiff(
     filled = np.where(valid[..., None], image, np.float32(nodata)).astype(np.float32)
     place = {} if grid is None else {"crs": grid.wkt, "transform": Affine(*grid.transform)}
     layout = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "predictor": 3}
-    partial = path.with_name(f".{path.name}.partial")
+    # Absolute, as GDAL takes "zip:a.tif" for a place inside an archive.
+    partial = path.absolute().with_name(f".{path.name}.partial")
     try:
         with _quiet():
             with rasterio.open(
@@ -101,7 +102,7 @@ def read_geotiff(path: Path, wanted: Sequence[str], named: Sequence[str] | None 
     if not path.is_file():
         raise ProductError(f"{path}: no such file; give a GeoTIFF of the bands {', '.join(wanted)}")
     try:
-        with _quiet(), rasterio.open(path, driver="GTiff") as source:
+        with _quiet(), rasterio.open(path.absolute(), driver="GTiff") as source:
             if source.width * source.height > MAX_PIXELS:
                 raise ProductError(
                     f"{path}: {source.height} x {source.width} pixels; at most {MAX_PIXELS} are read at once: "
@@ -129,7 +130,8 @@ def _band_indexes(path: Path, source: Any, wanted: Sequence[str], named: Sequenc
     names = [(text or "").strip().upper() for text in descriptions]
     for name in wanted:
         if names.count(name.upper()) != 1:
-            found = ", ".join(text or "(none)" for text in names)
+            shown = [text or "(none)" for text in names]
+            found = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
             what = "twice" if name.upper() in names else "in no band description"
             raise ProductError(
                 f"{path}: {name} stands {what} (found {found}); set the file's band descriptions, or name its bands in "

@@ -242,7 +242,12 @@ def _files_beside(path: Path, root: Path) -> dict[str, Path]:
         for file in sorted(path.parent.iterdir()):
             suffix = file.name[len(stem) :].lower()
             if file.name[: len(stem)].lower() == stem and suffix in _SUFFIXES and file.is_file():
-                found.setdefault(suffix, inside(file, root))
+                if suffix in found:
+                    raise ProductError(
+                        f"{file}: {found[suffix].name} stands beside it, which differs in upper and lower case only; "
+                        "remove one of them"
+                    )
+                found[suffix] = inside(file, root)
     except OSError as error:
         raise ProductError(f"{path.parent}: cannot be read ({one_line(error)})") from error
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,13 +22,14 @@ from crism_mlops.products.digests import (
     observation_digests,
     product_images,
 )
+from crism_mlops.products.mtrdr import parse_name
 from crism_mlops.products.observations import RECEIPT, open_observation
 from crism_mlops.products.regions import region_of
 from crism_mlops.scenes.bands import IF_RANGE
 from crism_mlops.scenes.filters import BAND_NAMES, filters_digest, load_filters
 from crism_mlops.scenes.labels import read_labels
 from crism_mlops.scenes.scene import SCENE_KINDS, Scene, carbonate_fraction, kind_of, scene_from_products
-from crism_mlops.scenes.store import Store, map_arrays, read_facts, whole, write_arrays
+from crism_mlops.scenes.store import Store, map_arrays, read_facts, write_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,14 +159,19 @@ def build_scene(task: SceneTask) -> BuiltScene:
                 )
             _write_scene(path, scene_from_products(open_observation(folder, task.root, SCENE_KINDS), config))
 
-        open_store(config).put(name, write)
+        store = open_store(config)
+        store.put(name, write)
         if task.drop:
+            # The store will be all that is left: what lies there is looked at first.
+            load_scene(store, name, config, {})
+            store.check_size(name)
             drop_images(folder, digests)
     except StoreError:
         # Not this observation's fault: leaving it out would make another data set of it.
         raise
-    except CrismError as error:
-        name, problem, made = None, str(error), False
+    except (CrismError, MemoryError) as error:
+        name, made = None, False
+        problem = str(error) if isinstance(error, CrismError) else f"{folder}: does not fit into memory ({error})"
     return BuiltScene(folder, digests, name, problem, made, time.perf_counter() - begun)
 
 
@@ -177,27 +182,34 @@ def load_built(built: Sequence[BuiltScene], config: DataConfig) -> list[Scene]:
     """
     store = open_store(config)
     labels = read_labels(Path(config.labels).expanduser()) if config.labels is not None else {}
+    problems = left_out(built)
+    for index, problem in problems.items():
+        log.warning("%s left out: %s", built[index].folder.name, problem)
     scenes: dict[str, Scene] = {}
-    problems: Counter[str] = Counter()
-    for one in built:
-        problem = one.problem
-        if one.name is not None and one.digests is not None:
+    for index, one in enumerate(built):
+        if index not in problems and one.name is not None:
             scene = load_scene(store, one.name, config, labels)
-            if scene.observation_id in scenes:
-                problem = f"{scene.observation_id} stands in two folders; the first one is used"
-            else:
-                scenes[scene.observation_id] = scene
-        if problem is not None:
-            log.warning("%s left out: %s", one.folder.name, problem)
-            problems[problem] += 1
+            scenes[scene.observation_id] = scene
     if not scenes:
         raise SceneError(f"none of the {len(built)} observations could be used; see the warnings above")
     if problems:
-        log.warning("%d of %d observations left out", sum(problems.values()), len(built))
+        log.warning("%d of %d observations left out", len(problems), len(built))
     unused = sorted(set(labels) - set(scenes))
     if unused:
         log.warning("%s: no scene for %s", config.labels, ", ".join(unused[:5]) + (" ..." if unused[5:] else ""))
     return [scenes[key] for key in sorted(scenes)]
+
+
+def left_out(built: Sequence[BuiltScene]) -> dict[int, str]:
+    """Index and reason of the observations that are not used: no scene, or one of the same id before it."""
+    reasons: dict[int, str] = {}
+    seen: dict[str, Path] = {}
+    for index, one in enumerate(built):
+        if one.problem is not None or one.digests is None:
+            reasons[index] = one.problem or "no scene"
+        elif (first := seen.setdefault(one.digests.observation_id, one.folder)) != one.folder:
+            reasons[index] = f"{one.digests.observation_id} stands in two folders; {first} is used"
+    return reasons
 
 
 def load_scene(store: Store, name: str, config: DataConfig, labels: Mapping[str, bool | None]) -> Scene:
@@ -205,9 +217,8 @@ def load_scene(store: Store, name: str, config: DataConfig, labels: Mapping[str,
 
     Raises StoreError if its file is damaged.
     """
-    path = store.path(name)
-    facts, arrays = read_facts(path), map_arrays(path)
-    with whole(path):
+    with store.reading(name) as path:
+        facts, arrays = read_facts(path), map_arrays(path)
         return _stored_scene({key: json.loads(value) for key, value in facts.items()}, arrays, name, config, labels)
 
 
@@ -270,6 +281,8 @@ def _known(task: SceneTask, memory: Path, names: set[str]) -> BuiltScene | None:
         digests = known_digests(task.folder, memory)
         if digests is None:
             return None
+        if task.found is not None and not _kinds_of(task.found) <= set(digests.products):
+            return None  # What was downloaded before is not all that the archive has of it.
         name = scene_name(digests, task.config)
     except CrismError:
         # Said when the task is run.
@@ -278,6 +291,14 @@ def _known(task: SceneTask, memory: Path, names: set[str]) -> BuiltScene | None:
     if name not in names or (task.drop and product_images(task.folder, SCENE_KINDS)):
         return None
     return BuiltScene(task.folder, digests, name, None, made=False, seconds=0.0)
+
+
+def _kinds_of(found: Observation) -> set[str]:
+    """The product kinds that fetching an observation gives."""
+    from crism_mlops.products.download import select
+
+    names = (parse_name(Path(file.name)) for file in select(found).files)
+    return {name.kind for name in names if name is not None} & set(SCENE_KINDS)
 
 
 def _bytes(folder: Path) -> int:

@@ -75,7 +75,12 @@ def write_quicklook(scene: Scene, path: Path, target: Target = "fal") -> None:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """A figure as a PNG, written to a temporary name and renamed. Raises SceneError if it cannot be."""
+    """A figure as a PNG, written to a temporary name and renamed.
+
+    Raises SceneError if it cannot be written, or for a name of another kind of file, which may be data.
+    """
+    if path.suffix.lower() != ".png":
+        raise SceneError(f"{path}: a picture is a PNG; name a .png file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format="png")

@@ -14,7 +14,7 @@ from crism_mlops.products.geometry import centre_degrees, footprint
 from crism_mlops.products.mtrdr import Product
 from crism_mlops.products.regions import region_of
 from crism_mlops.scenes.bands import band_image
-from crism_mlops.scenes.filters import BAND_NAMES, load_filters
+from crism_mlops.scenes.filters import BAND_NAMES, Filter, load_filters
 from crism_mlops.scenes.store import content_digest
 from crism_mlops.scenes.targets import (
     CARBONATE_PARAMETERS,
@@ -79,8 +79,13 @@ class Scene:
                 array.flags.writeable = False
 
 
-def scene_from_products(products: dict[str, Product], config: DataConfig, source: str = "mtrdr") -> Scene:
-    """One observation's products -> Scene. Raises SceneError where the I/F cube is missing."""
+def scene_from_products(
+    products: dict[str, Product], config: DataConfig, source: str = "mtrdr", filters: tuple[Filter, ...] | None = None
+) -> Scene:
+    """One observation's products -> Scene, through the filters of `config` or those given.
+
+    Raises SceneError where the I/F cube is missing.
+    """
     if "if" not in products:
         found = ", ".join(sorted(products)) or "nothing"
         raise SceneError(f"no I/F product (…_if…_mtr3) among the observation's products; found {found}")
@@ -89,7 +94,7 @@ def scene_from_products(products: dict[str, Product], config: DataConfig, source
     if "sr" in products and products["sr"].shape[:2] != cube.shape[:2]:
         # Said before a gigabyte is read.
         raise SceneError(f"{cube.observation_id}: SR is {products['sr'].shape[:2]}, I/F is {cube.shape[:2]} pixels")
-    bands = band_image(cube, load_filters(config.filters))
+    bands = band_image(cube, load_filters(config.filters) if filters is None else filters)
     parameters = summary_parameters(products, names)
     target = np.ascontiguousarray(parameters[..., :3])
     valid = np.asarray(np.isfinite(bands).all(axis=-1) & np.isfinite(target).all(axis=-1))

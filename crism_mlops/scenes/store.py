@@ -43,7 +43,7 @@ class Store:
 
         try:
             system, root = url_to_fs(os.path.expanduser(self.url))
-        except (ImportError, ValueError, OSError) as error:
+        except Exception as error:  # each protocol's package has its own
             raise StoreError(
                 f"data.store {self.url}: {one_line(error)}; give a folder, or a URL whose fsspec package is installed "
                 "(pip install 'crism-mlops[s3]' for s3://)"
@@ -102,6 +102,39 @@ class Store:
                 system.get_file(f"{root}/{name}", str(partial))
             partial.replace(local)
         return local
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """`path` around making sense of a stored file: what is wrong with its content is a StoreError.
+
+        It names the file, or where the store lies elsewhere the object there; its copy here is then
+        removed, so that it is fetched again.
+        """
+        path = self.path(name)
+        try:
+            yield path
+        except (_DamagedError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            place = str(path)
+            if not self.is_local:
+                path.unlink(missing_ok=True)
+                place = f"data.store {self.url}: {name}"
+            raise StoreError(
+                f"{place}: damaged ({one_line(error)}); remove it, then run the same command again to build it anew"
+            ) from error
+
+    def check_size(self, name: str) -> None:
+        """Raises StoreError where a file of a store that lies elsewhere has not the size of its copy here."""
+        if self.is_local:
+            return
+        system, root = self._place
+        with self._remote(f"look for {name}"):
+            system.invalidate_cache()
+            size = int(system.size(f"{root}/{name}") or 0)
+        if size != self.path(name).stat().st_size:
+            raise StoreError(
+                f"data.store {self.url}: {name}: damaged (it has {size} bytes, its copy here "
+                f"{self.path(name).stat().st_size}); remove it, then run the same command again to build it anew"
+            )
 
     def put(self, name: str, write: Callable[[Path], None]) -> Path:
         """The local path of a file, written by `write(path)` unless it is there already.
@@ -182,6 +215,10 @@ class Store:
         )
 
 
+class _DamagedError(StoreError):
+    """A safetensors file that cannot be read as one."""
+
+
 def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> None:
     """Arrays and facts (text by text) as one safetensors file."""
     import numpy as np
@@ -199,20 +236,20 @@ def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, s
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """The facts of a safetensors file, without its arrays. Raises StoreError if it is damaged."""
+    """The facts of a safetensors file, without its arrays; to be called within `Store.reading`."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="np") as handle:
             return dict(handle.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise StoreError(_damaged(path, error)) from error
+        raise _DamagedError(one_line(error)) from error
 
 
 def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a safetensors file, mapped into memory: pages are read when they are looked at.
 
-    Raises StoreError if the file is damaged.
+    To be called within `Store.reading`, which names the file if it is damaged.
     """
     return {name: tensor.numpy() for name, tensor in map_tensors(path).items()}
 
@@ -226,7 +263,7 @@ def map_tensors(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 -- not a dict
     except (SafetensorError, OSError, MemoryError) as error:
-        raise StoreError(_damaged(path, error)) from error
+        raise _DamagedError(one_line(error)) from error
 
 
 def content_digest(arrays: Sequence[NDArray[Any]]) -> str:
@@ -238,16 +275,3 @@ def content_digest(arrays: Sequence[NDArray[Any]]) -> str:
         content.update(f"{array.shape} {array.dtype.str}".encode())
         content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Around making sense of a stored file: what is wrong with its content is a StoreError that names it."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(_damaged(path, error)) from error
-
-
-def _damaged(path: Path, error: BaseException) -> str:
-    return f"{path}: damaged ({one_line(error)}); remove the file, then run the same command again to build it anew"

@@ -31,7 +31,9 @@ def log_floors(
     done = {
         (r.tags.get("crism.model"), r.tags.get("crism.variant"), r.tags.get("crism.normalization"))
         for r in tracker.find(crism_study=tags["crism.study"])
-        if r.status == "FINISHED" and r.kind in ("floor", "ceiling") and r.params.get("data_digest") == manifest.digest
+        if r.status == "FINISHED"
+        and r.kind in ("floor", "ceiling")
+        and r.params.get("inputs_digest") == manifest.inputs_digest
     }
     floors: list[tuple[str, Kind]] = [(name, "floor") for name in FLOORS if name != "copy" or variant in COPIED]
     if ceiling:
@@ -42,7 +44,8 @@ def log_floors(
         # The round trip sees the truth alone: the input variant plays no part in it.
         label = name if kind == "ceiling" else f"{name} {variant} {normalization}"
         own = {"crism.model": name, "crism.variant": variant, "crism.normalization": normalization}
-        params = {"data.variant": variant, "data.normalization": normalization, "data_digest": manifest.digest}
+        params = {"data.variant": variant, "data.normalization": normalization, "data_digest": manifest.digest,
+                  "inputs_digest": manifest.inputs_digest}  # fmt: skip
         run_id = tracker.start(label, kind, {**tags, **own}, params, parent)
         try:
             predictor = floor_predictor(name, config, manifest)

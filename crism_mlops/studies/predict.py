@@ -30,7 +30,7 @@ from crism_mlops.products.mtrdr import Product
 from crism_mlops.products.observations import observation_folders, open_observation
 from crism_mlops.products.regions import UNKNOWN_REGION, region_of
 from crism_mlops.scenes.bands import IF_RANGE, band_image
-from crism_mlops.scenes.filters import load_filters
+from crism_mlops.scenes.filters import FILTERS, Filter, load_filters
 from crism_mlops.scenes.quicklook import NO_DATA, stretched, write_figure
 from crism_mlops.scenes.scene import Scene, scene_from_products
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
@@ -83,7 +83,8 @@ def predict_scene(folder: Path, place: Path, device: str = "auto", bands: tuple[
     if place.is_dir():
         if bands is not None:
             raise SceneError(f"{place}: --bands names a GeoTIFF's bands; those of an observation come from its filters")
-        source = from_observation(place, config.data, variant)
+        # Its own, wherever the file that they came from is now, and whatever it holds.
+        source = from_observation(place, config.data, variant, checkpoint.filters or load_filters(config.data.filters))
     else:
         source = from_geotiff(place, variant, bands)
         source = replace(source, notes=(*source.notes, *_squeezed(source.scene, config.data.resolution)))
@@ -135,7 +136,7 @@ def check_output(path: Path, picture: Path | None, given: Path, force: bool) -> 
             raise SceneError(f"{target}: it exists already; name another file, or add --force to replace it")
 
 
-def from_observation(place: Path, data: DataConfig, variant: Variant) -> Source:
+def from_observation(place: Path, data: DataConfig, variant: Variant, filters: tuple[Filter, ...] = FILTERS) -> Source:
     """The scene of an observation's folder, with its truth where its products give one, else the bands alone."""
     folders = observation_folders(place)
     if len(folders) > 1:
@@ -152,17 +153,17 @@ def from_observation(place: Path, data: DataConfig, variant: Variant) -> Source:
         pixels = None
         notes.append(f"no map projection: {error}")
     try:
-        return Source(scene_from_products(products, data), True, pixels, tuple(notes))
+        return Source(scene_from_products(products, data, filters=filters), True, pixels, tuple(notes))
     except CrismError as error:
-        scene = _bands_alone(products, data, variant)
+        scene = _bands_alone(products, variant, filters)
         notes.append(f"from the bands alone, as there is no truth to compare with ({error})")
         return Source(scene, False, pixels, tuple(notes))
 
 
-def _bands_alone(products: dict[str, Product], data: DataConfig, variant: Variant) -> Scene:
+def _bands_alone(products: dict[str, Product], variant: Variant, given: tuple[Filter, ...]) -> Scene:
     """A scene without target: valid is every pixel with data in the variant's bands."""
     names = VARIANT_BANDS[variant]
-    filters = tuple(f for f in load_filters(data.filters) if f.name in names)
+    filters = tuple(f for f in given if f.name in names)
     image = band_image(products["if"], filters)
     try:
         longitude, latitude = centre_degrees(products)

@@ -189,6 +189,8 @@ def fit(
                     figures[objective],
                     {},
                     manifest.carbonate,
+                    manifest.filters,
+                    {"train": manifest.split.train, "validation": manifest.split.validation},
                 ),
             )
         hooks.report(epoch, figures)
@@ -222,6 +224,7 @@ def log_validation(
     tracker.metrics(run_id, scores, config.train.epochs)
     for file in ("validation_by_scene.json", "validation_by_scene.parquet"):
         tracker.table(run_id, table.records(), file)
+    tracker.table(run_id, table.strata_rows(), "validation_strata.json")
     return scores
 
 
@@ -308,7 +311,9 @@ def panel_cases(
 ) -> list[Case]:  # fmt: skip
     """The best, the median and the worst scene by RMSE (more of them evenly in between), as rows of a panel."""
     place = {scene.observation_id: i for i, scene in enumerate(manifest.of(part))}
-    ranked = sorted(table.rows, key=lambda r: (math.isnan(r["valid/rmse"]), r["valid/rmse"]))
+    # A scene without a figure is neither the best nor the worst.
+    scored = [r for r in table.rows if not math.isnan(r["valid/rmse"])] or list(table.rows)
+    ranked = sorted(scored, key=lambda r: r["valid/rmse"])
     chosen = spread(list(range(len(ranked))), count)
     words = {0: "best", len(ranked) - 1: "worst", (len(ranked) - 1) // 2: "median"}
     if len(chosen) == 3:
@@ -336,15 +341,13 @@ def skill(tracker: Tracker, run_id: str, manifest: Manifest, scores: Mapping[str
         return {}
     # Floors of another study of the experiment serve as well: the digest says that they saw the same data.
     study = {"crism_study": tags["crism.study"]} if "crism.study" in tags else {}
-    transform = manifest.transform
     floors = [
         r
         for r in tracker.find(crism_kind="floor", **study)
-        if r.status == "FINISHED"
-        and r.params.get("data_digest") == manifest.digest
-        and (r.tags.get("crism.variant"), r.tags.get("crism.normalization"))
-        == (transform.variant, transform.normalization)
+        if r.status == "FINISHED" and r.params.get("inputs_digest") == manifest.inputs_digest
     ]
+    if not floors and "crism_study" in study:
+        log.warning("%s: no floor of the same scenes and input stands in the experiment, so there is no skill", run_id)
     found = {}
     for key in ("val/rmse", "test/rmse", "test_full/rmse"):
         errors = [r.metrics[key] for r in floors if math.isfinite(r.metrics.get(key, math.nan))]
@@ -393,6 +396,7 @@ def log_configuration(
         "train.learning_rate": config.train.learning_rate,
         "config_digest": config.digest,
         "data_digest": manifest.digest,
+        "inputs_digest": manifest.inputs_digest,
         "evaluate.chunk": config.evaluate.chunk,
         # Sums are taken in another order with another number of threads: the seventh digit differs.
         "threads": torch.get_num_threads(),

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from crism_mlops.config import RunConfig, SweepConfig
+from crism_mlops.config import CarbonateConfig, RunConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, build_manifest
 from crism_mlops.dataset.split import split_scenes
-from crism_mlops.dataset.variants import physical_ranges, target_has_inverse
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import Predicted, predict_pairs, score_pairs
 from crism_mlops.evaluation.inference import Difference
-from crism_mlops.evaluation.metrics import METRICS
+from crism_mlops.evaluation.metrics import METRICS, Protocol
 from crism_mlops.evaluation.prompts import PromptScores, prompt_scores
 from crism_mlops.evaluation.scores import ScoreTable, compared
-from crism_mlops.models.checkpoint import CARD, load_checkpoint
+from crism_mlops.models.checkpoint import CARD, Checkpoint, load_checkpoint
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
-from crism_mlops.scenes.targets import TARGET_PARAMETERS
+from crism_mlops.scenes.filters import filters_digest, load_filters
 from crism_mlops.studies.floors import floor_predictor
+from crism_mlops.studies.images import image_file, read_image, resized
 from crism_mlops.studies.run import (
     Predict,
     log_configuration,
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
     from crism_mlops.scenes.scene import Scene
     from crism_mlops.tracking import RunInfo, Tracker
 
+log = logging.getLogger(__name__)
 FLOOR = "floor:"
 # What the metrics of a split are called, as a trial's are. "train/loss" is what training tells.
 PREFIXES: dict[SplitName, str] = {
     "train": "train_scenes", "validation": "val", "test": "test_full", "test_balanced": "test"
 }  # fmt: skip
-_IMAGES = (".png", ".npy", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def evaluate(
     `log_it` makes it a run with the figures of this split alone.
     Raises CrismError where the prediction and the truth are not on one scale or scenes are missing.
     """
-    manifest, config, predictor, own = _predictor(what, folder, sweep, scenes)
+    manifest, config, predictor, own = _predictor(what, folder, sweep, scenes, split)
     other = None if against is None else _run_named(tracker, against)
     file = "validation_by_scene.parquet" if split == "validation" else "scores_by_scene.parquet"
     rows = None if other is None else tracker.read_table(other.run_id, file)
@@ -113,11 +114,16 @@ def evaluate(
         reason = f"evaluate {what}" + (f" against {against}" if against else "")
         pairs = _pairs(tracker, manifest, split, run_id or "none", reason)
         predicted = predictor(pairs)
-        if resize is not None:
+        device, rule = scoring_device(config), manifest.carbonate
+        if resize is None:
+            table = score_pairs(predicted, pairs, rule=rule, data=manifest.data, device=device)
+        else:
+            # As published: what is under no-data is mixed into its neighbours there, and nowhere else.
+            whole = score_pairs(*resized(predicted, pairs, resize, whole=True), ("thesis",), device=device)
             predicted, pairs = resized(predicted, pairs, resize)
-        table = score_pairs(
-            predicted, pairs, rule=manifest.carbonate, data=manifest.data, device=scoring_device(config)
-        )
+            own_protocols: tuple[Protocol, ...] = ("valid", "stretch_free")
+            table = score_pairs(predicted, pairs, own_protocols, rule=rule, data=manifest.data, device=device)
+            table = replace(table, rows=tuple({**w, **r} for w, r in zip(whole.rows, table.rows, strict=True)))
         differences: list[Difference] = []
         if rows is not None:
             ids = {row["observation_id"] for row in table.rows}
@@ -142,9 +148,11 @@ def _pairs(tracker: Tracker, manifest: Manifest, split: SplitName, run_id: str, 
 
 
 def score_prompts(
-    folder: Path, sweep: SweepConfig, scenes: Sequence[Scene], split: SplitName, tracker: Tracker
-) -> PromptScores:
+    folder: Path, sweep: SweepConfig, scenes: Sequence[Scene], split: SplitName, tracker: Tracker,
+    what: str | None = None,
+) -> PromptScores:  # fmt: skip
     """Whether the metadata in a checkpoint's prompts helps: right, shuffled between scenes, and blank.
+    `what` is the checkpoint's name for the note on a reading of the test set.
 
     Raises EvaluationError for a model without prompts.
     """
@@ -152,7 +160,8 @@ def score_prompts(
     if not isinstance(model, InstructPix2Pix):
         raise EvaluationError(f"{folder}: a U-Net, which reads no prompt; give an InstructPix2Pix checkpoint")
     manifest = manifest_as_seen(folder, checkpoint.config, checkpoint, sweep, scenes)
-    pairs = _pairs(tracker, manifest, split, "none", f"prompts {folder.name}")
+    check_unseen(folder, checkpoint, manifest, split)
+    pairs = _pairs(tracker, manifest, split, "none", f"prompts {folder.name if what is None else what}")
     config = checkpoint.config
 
     def predicted(prompts: Sequence[str]) -> Predicted:
@@ -163,7 +172,7 @@ def score_prompts(
 
 
 def _predictor(
-    what: str, folder: Path | None, sweep: SweepConfig, scenes: Sequence[Scene]
+    what: str, folder: Path | None, sweep: SweepConfig, scenes: Sequence[Scene], split: SplitName
 ) -> tuple[Manifest, RunConfig, Predict, str | None]:
     """Manifest, configuration, predictor, and the data digest that a checkpoint was trained with."""
     if what.startswith(FLOOR):
@@ -176,29 +185,57 @@ def _predictor(
         )
     if not (folder / CARD).is_file():
         manifest = build_manifest(scenes, sweep.data, sweep.split)
-        return manifest, sweep, lambda pairs: Predicted([_image(folder, p, manifest) for p in pairs]), None
+        for scene in manifest.of(split):
+            image_file(folder, scene.observation_id)  # Said before the test set is read, and the reading counted.
+        return manifest, sweep, lambda pairs: Predicted([read_image(folder, p, manifest) for p in pairs]), None
     model, checkpoint = load_checkpoint(folder, resolve_device(sweep.device))
     manifest = manifest_as_seen(folder, checkpoint.config, checkpoint, sweep, scenes)
+    check_unseen(folder, checkpoint, manifest, split)
     return manifest, checkpoint.config, predict(model, checkpoint.config), checkpoint.data_digest
 
 
 def manifest_as_seen(
-    folder: Path, own: RunConfig, checkpoint: Any, sweep: SweepConfig, scenes: Sequence[Scene]
+    folder: Path, own: RunConfig, checkpoint: Checkpoint, sweep: SweepConfig, scenes: Sequence[Scene]
 ) -> Manifest:
     """The sweep's scenes and split as the checkpoint sees them. Raises EvaluationError for another target."""
-    for name in ("target", "target_normalization", "ranges"):
+    for name in ("target", "target_normalization", "ranges", "carbonate"):
         trained, asked = getattr(own.data, name), getattr(sweep.data, name)
         if trained != asked:
+            fields = trained.model_dump() if isinstance(trained, CarbonateConfig) else trained
             raise EvaluationError(
                 f"{folder}: trained with data.{name} {trained}, the sweep says {asked}; its predictions and that truth "
-                f"are not on one scale: add --set data.{name}={trained}"
+                f"cannot be held against each other: add --set 'data.{name}={json.dumps(fields)}'"
             )
+    if checkpoint.filters and filters_digest(checkpoint.filters) != filters_digest(load_filters(sweep.data.filters)):
+        raise EvaluationError(
+            f"{folder}: trained on bands made through other filters than the sweep's "
+            f"({sweep.data.filters or 'built in'}); set data.filters to those that it was trained with"
+        )
     data = sweep.data.model_copy(update={"variant": own.data.variant, "normalization": own.data.normalization,
                                          "resolution": own.data.resolution})  # fmt: skip
     parts = split_scenes(scenes, sweep.split)
     ordered = tuple(sorted(scenes, key=lambda s: s.observation_id))
     manifest = Manifest(ordered, parts, checkpoint.transform, data, sweep.split.seed)
+    if checkpoint.filters:
+        manifest = replace(manifest, filters=checkpoint.filters)
     return manifest if checkpoint.carbonate is None else manifest.with_rule(checkpoint.carbonate)
+
+
+def check_unseen(folder: Path, checkpoint: Checkpoint, manifest: Manifest, split: SplitName) -> None:
+    """Raise EvaluationError where a checkpoint would be scored on observations that it was trained on, or, for
+    the test set, that it was chosen by. Its own train scenes may be looked at as `train`."""
+    if not checkpoint.seen:
+        log.warning("%s: of an older version: nobody can say whether it was trained on the scenes of %s", folder, split)
+        return
+    known = {"train": (), "validation": ("train",)}.get(split, ("train", "validation"))
+    seen = {identity: part for part in known for identity in checkpoint.seen.get(part, ())}
+    shared = [scene.observation_id for scene in manifest.of(split) if scene.observation_id in seen]
+    if shared:
+        raise EvaluationError(
+            f"{folder}: {len(shared)} of the {len(manifest.of(split))} scenes of {split} were in its own "
+            f"{' and '.join(sorted({seen[i] for i in shared}))} split ({', '.join(shared[:3])}...): such a score is "
+            "worth nothing; take the split that it was trained with (crism.json says which), or other scenes"
+        )
 
 
 def _start(
@@ -217,13 +254,16 @@ def _log(
     pairs: Sequence[Pair], predicted: Predicted, table: ScoreTable,
 ) -> None:  # fmt: skip
     """What an evaluation found, under the names that a trial gives the same split."""
-    prefix = PREFIXES[split]
-    scores = {**table.summary(prefix), **table.strata_summary(prefix)}
-    if prefix == "test":
-        scores |= table.bounded("thesis", {m: f"thesis/{m}" for m in METRICS})
-    if resize is None:
-        # The floors' figures are of images at their native size.
-        scores |= skill(tracker, run_id, manifest, scores)
+    # At another size figures are others, and have other names.
+    size = "" if resize is None else f"_{resize}px"
+    prefix = PREFIXES[split] + size
+    scores = table.summary(prefix)
+    if split != "test_balanced":
+        # A trial's strata of the test set are those of all test scenes.
+        scores |= table.strata_summary(prefix.replace("test_full", "test"))
+    else:
+        scores |= table.bounded(f"thesis{size}", {m: f"thesis/{m}" for m in METRICS})
+    scores |= skill(tracker, run_id, manifest, scores)
     scores |= log_draws(tracker, run_id, predicted, pairs, table, prefix)
     tracker.metrics(run_id, scores)
     log_scenes(tracker, run_id, manifest, pairs, predicted, table, config, split)
@@ -241,70 +281,6 @@ def _run_named(tracker: Tracker, name: str) -> RunInfo:
             "--json for their ids"
         )
     return runs[0]
-
-
-def _image(folder: Path, pair: Pair, manifest: Manifest) -> NDArray[np.float32]:
-    """A predicted image of a scene from a folder, H x W x 3 float32 in [0, 1]."""
-    identity, data = pair.scene.observation_id, manifest.data
-    found = [p for suffix in _IMAGES if (p := folder / f"{identity}{suffix}").is_file()]
-    if len(found) != 1:
-        raise EvaluationError(
-            f"{folder}: {len(found)} images of {identity}; expected one of {identity}{{{','.join(_IMAGES)}}}, H x W x 3"
-        )
-    path = found[0]
-    try:
-        if path.suffix == ".npy":
-            image = np.load(path, allow_pickle=False).astype(np.float32)
-        elif path.suffix == ".png":
-            from PIL import Image
-
-            with Image.open(path) as picture:
-                image = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
-        else:
-            image = _scaled_geotiff(path, manifest)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise EvaluationError(f"{path}: not a readable image ({' '.join(str(error).split())[:160]})") from error
-    if image.shape != pair.truth.shape:
-        raise EvaluationError(
-            f"{path}: {' x '.join(map(str, image.shape))}; the truth of {identity} is "
-            f"{' x '.join(map(str, pair.truth.shape))} for data.target={data.target}"
-        )
-    return np.asarray(np.where(pair.scene.valid[..., None], image, np.float32(0.0)), dtype=np.float32)
-
-
-def _scaled_geotiff(path: Path, manifest: Manifest) -> NDArray[np.float32]:
-    """A GeoTIFF as `crism-mlops predict` writes it: physical units, back to the study's range."""
-    from crism_mlops.products.geotiff import read_geotiff
-
-    data = manifest.data
-    names = TARGET_PARAMETERS[data.target]
-    image = read_geotiff(path, names, names).image
-    if not target_has_inverse(data.target_normalization):
-        return np.asarray(image, dtype=np.float32)
-    low, high = np.array([physical_ranges(data.ranges)[name] for name in names], dtype=np.float32).T
-    return np.asarray(np.clip((np.nan_to_num(image) - low) / (high - low), 0.0, 1.0), dtype=np.float32)
-
-
-def resized(predicted: Predicted, pairs: Sequence[Pair], side: int) -> tuple[Predicted, list[Pair]]:
-    """Predictions, inputs and truths at side x side pixels (bilinear), masks by the nearest pixel."""
-    from skimage.transform import resize
-
-    def stretched(image: NDArray[np.float32]) -> NDArray[np.float32]:
-        larger = resize(image, (side, side), order=1, anti_aliasing=False)
-        return np.asarray(np.clip(larger, 0.0, 1.0), dtype=np.float32)
-
-    def mask(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        return np.asarray(resize(array, (side, side), order=0, anti_aliasing=False), dtype=np.bool_)
-
-    smaller, images = [], []
-    for image, pair in zip(predicted.images, pairs, strict=True):
-        scene = pair.scene
-        carbonate = None if scene.carbonate is None else mask(scene.carbonate)
-        # Bands and target of the scene are not looked at from here on: they keep their size.
-        changed = replace(scene, valid=mask(scene.valid), carbonate=carbonate)
-        smaller.append(Pair(changed, stretched(pair.image), stretched(pair.truth)))
-        images.append(stretched(image))
-    return Predicted(images), smaller
 
 
 def difference_rows(differences: Sequence[Difference]) -> list[dict[str, str]]:
