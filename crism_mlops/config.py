@@ -193,7 +193,7 @@ class InstructPix2PixModel(Section):
     text_encoder: Literal["frozen", "trained"] = "frozen"
     conditioning_dropout: float = Field(0.05, ge=0.0, le=0.33)
     sampler: Solver = Field("dpm++", description="solver of the denoising steps")
-    steps: int = Field(20, ge=1, le=1000, description="denoising steps")
+    steps: int = Field(15, ge=1, le=1000, description="denoising steps")
     image_guidance: float = Field(1.5, ge=0.0)
     text_guidance: float = Field(7.5, ge=0.0)
 

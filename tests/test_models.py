@@ -27,7 +27,7 @@ from crism_mlops.config import InstructPix2PixModel, ScratchUNet, Solver, UNetMo
 from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
-from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, scratch_unet
+from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, sampling_scheduler, scratch_unet
 from crism_mlops.models.latents import LatentCache, round_trip, weights_digest
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.scene import Scene
@@ -427,6 +427,9 @@ def test_sampling_gives_what_diffusers_pipeline_gives(folder: Path, sampler: Sol
         str(folder), scheduler=solver, safety_checker=None, requires_safety_checker=False
     )
     reference.set_progress_bar_config(disable=True)
+    if sampler == "dpm++":
+        times, spaced = sampling_scheduler(sampler, solver.config, 3).timesteps.tolist(), solver.set_timesteps
+        solver.set_timesteps = lambda count, device: spaced(timesteps=times, device=device)
     noise = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(5))
     wanted = reference(
         "one",
@@ -439,6 +442,23 @@ def test_sampling_gives_what_diffusers_pipeline_gives(folder: Path, sampler: Sol
     ).images
     predicted = model.predict(IMAGES[:1], ["one"], [5])
     torch.testing.assert_close((predicted + 1) / 2, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 15, 49, 80, 99, 100, 150])
+def test_few_steps_begin_and_end_where_a_hundred_do(spacing: str, steps: int) -> None:
+    config = DDIMScheduler(num_train_timesteps=1000, timestep_spacing=spacing).config
+    whole = sampling_scheduler("dpm++", config, 100).timesteps.tolist()
+    times = sampling_scheduler("dpm++", config, steps).timesteps.tolist()
+    assert len(times) == steps
+    assert times == sorted(set(times), reverse=True)
+    assert times[0] == pytest.approx(whole[0], abs=5)
+    if 1 < steps <= 100:
+        assert times[-1] == whole[-1]
+        assert set(times) <= set(whole)
+    if 3 <= steps <= 49:
+        gaps = np.diff(times[::-1])
+        assert gaps[-1] > 1.3 * gaps[0], "denser towards the end"
 
 
 class Oracle(torch.nn.Module):

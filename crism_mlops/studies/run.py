@@ -315,9 +315,10 @@ def panel_cases(
     scored = [r for r in table.rows if not math.isnan(r["valid/rmse"])] or list(table.rows)
     ranked = sorted(scored, key=lambda r: r["valid/rmse"])
     chosen = spread(list(range(len(ranked))), count)
-    words = {0: "best", len(ranked) - 1: "worst", (len(ranked) - 1) // 2: "median"}
-    if len(chosen) == 3:
-        chosen[1] = (len(ranked) - 1) // 2
+    median = (len(ranked) - 1) // 2
+    words = {0: "best", len(ranked) - 1: "worst", median: "median"}
+    if len(chosen) >= 3:
+        chosen[min(range(1, len(chosen) - 1), key=lambda i: abs(chosen[i] - median))] = median
     rule, cases = manifest.carbonate, []
     for rank in chosen:
         index = place[ranked[rank]["observation_id"]]
