@@ -418,6 +418,8 @@ def _ssim(
     area = round(float(window.sum() ** 2), 9)
     c1, c2 = (area * _K1 * data_range) ** 2, (area * _K2 * data_range) ** 2
 
+    flat = bool((window == 1.0).all())
+
     @functools.cache
     def band(n: int) -> Tensor:
         """The window at n places in a row, as a banded matrix n x (n + side - 1)."""
@@ -438,11 +440,14 @@ def _ssim(
         planes[:, 0], planes[:, 1] = a, b
         torch.mul(a, a, out=planes[:, 2]).addcmul_(b, b)
         torch.mul(a, b, out=planes[:, 3])
-        rows = (band(height) @ planes.flatten(1)).view(-1, a.shape[3])
-        filtered = x.new_empty(len(rows), width)
-        for start in range(0, width, _BAND_PX):
-            stop = min(start + _BAND_PX, width)
-            torch.mm(rows[:, start : stop + side - 1], band(stop - start).T, out=filtered[:, start:stop])
+        if flat:
+            filtered = _windows_sum(_windows_sum(planes, 0, side), 4, side)
+        else:
+            rows = (band(height) @ planes.flatten(1)).view(-1, a.shape[3])
+            filtered = x.new_empty(len(rows), width)
+            for start in range(0, width, _BAND_PX):
+                stop = min(start + _BAND_PX, width)
+                torch.mm(rows[:, start : stop + side - 1], band(stop - start).T, out=filtered[:, start:stop])
         mean_x, mean_y, squares, product = filtered.to(precision).view(height, 4, N, C, width).unbind(1)
         means = mean_x * mean_y
         squared_means = mean_x.square_().addcmul_(mean_y, mean_y)
@@ -452,6 +457,16 @@ def _ssim(
         sums += (similarity.sum(2) * counts[..., left:right]).sum((0, 2))
     windows = whole.sum((1, 2, 3))
     return (sums / (C * windows)).tolist(), windows.tolist()
+
+
+def _windows_sum(x: Tensor, axis: int, side: int) -> Tensor:
+    """Sums of `side` neighbours along an axis, which loses side - 1 places: a few additions, where a product of
+    matrices would multiply by ones."""
+    count = x.shape[axis] - side + 1
+    total = x.narrow(axis, 0, count) + x.narrow(axis, 1, count)
+    for shift in range(2, side):
+        total += x.narrow(axis, shift, count)
+    return total
 
 
 def _gaussian_window() -> NDArray[np.float64]:
