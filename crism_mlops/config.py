@@ -361,6 +361,13 @@ class Limit(Section):
     max: float | None = Field(None, allow_inf_nan=False)
     min: float | None = Field(None, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelled_out(cls, content: Any) -> Any:
+        if not isinstance(content, (dict, Limit)):
+            raise ValueError(f"say which way it limits: {{max: {content}}} or {{min: {content}}}")
+        return content
+
     @model_validator(mode="after")
     def _some(self) -> Limit:
         if self.max is None and self.min is None:

@@ -418,6 +418,7 @@ def test_constraints(tmp_path: Path) -> None:
     [
         ("{test/rmse: {max: 1}}", "val/rmse"),
         ("{val/rmse: {}}", "a limit needs max or min"),
+        ("{val/rmse: 12}", "say which way it limits: {max: 12} or {min: 12}"),
         ("{val/rmse: {maximum: 3}}", "unknown key"),
         ("{val/rmse: {max: 1, min: 2}}", "nothing lies between min 2 and max 1"),
         ("{val/rmse: {max: .nan}}", "finite"),

@@ -71,7 +71,7 @@ def test_too_few_is_said() -> None:
     found = mean_interval([1.0] * 20, ["a", "b", "c", "d"] * 5)
     assert found.too_few
     assert math.isnan(found.low)
-    assert str(found) == f"1 (too few: 4 independent scenes of {FEWEST_CLUSTERS})"
+    assert str(found) == f"1 (too few: 4 of {FEWEST_CLUSTERS} independent scenes)"
     assert str(mean_interval(np.arange(40.0), ALONE)).startswith("19.5 [")
 
 

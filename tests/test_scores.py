@@ -192,7 +192,7 @@ def test_a_summary_has_bounds_where_there_are_enough_scenes() -> None:
     assert few["test/rmse"] == 1.5
     assert "test/rmse_low" not in few
     rows = {(r["stratum"], r["figure"]): r for r in table.of(["frt01", "frt02"]).strata_rows()}
-    assert rows["all", "valid/rmse"]["says"] == "1.5 (too few: 2 independent scenes of 8)"
+    assert rows["all", "valid/rmse"]["says"] == "1.5 (too few: 2 of 8 independent scenes)"
 
 
 def test_an_undefined_scene_shows_in_the_summary() -> None:

@@ -55,7 +55,7 @@ class Interval:
             return f"undefined ({self.undefined} of {self.scenes} scenes)" if self.undefined else "undefined"
         of = f", {self.scenes - self.undefined} of {self.scenes} scenes" if self.undefined else ""
         if self.too_few:
-            return f"{self.mean:.4g} (too few: {self.clusters} independent scenes of {FEWEST_CLUSTERS}{of})"
+            return f"{self.mean:.4g} (too few: {self.clusters} of {FEWEST_CLUSTERS} independent scenes{of})"
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]{of}"
 
 
