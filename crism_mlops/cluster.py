@@ -82,9 +82,10 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
         ) from error
     finally:
         # After Ctrl-C or an error what runs is finished first; a second Ctrl-C ends that as well.
-        if running:
-            log.warning("finishing what %d processes are at; Ctrl-C again ends them at once", len(running))
         try:
+            # Within `try`: the second one may come while this is being written.
+            if running:
+                log.warning("finishing what %d processes are at; Ctrl-C again ends them at once", len(running))
             pool.shutdown(wait=True, cancel_futures=True)
         except KeyboardInterrupt:
             for process in active_children():
