@@ -598,7 +598,8 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
     folder = download_checkpoint(tracker.uri, f"models:/{done.tags['crism.model_id']}")
     result = evaluate("the trial", folder, sweep, simulated_scenes, "test_balanced", tracker)
     for name, value in result.table.means("valid").items():
-        assert value == done.metrics[f"test/{name}"], name
+        # Scored beside other scenes, sums are taken in another order.
+        assert value == pytest.approx(done.metrics[f"test/{name}"], rel=1e-12), name
     assert result.checkpoint_data_digest == done.params["data_digest"]
     assert result.data_digest != done.params["data_digest"], "the sweep's own views are others than the trial's"
 

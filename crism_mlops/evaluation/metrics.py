@@ -132,7 +132,8 @@ def score_scenes(
         on_scene: called after each scene with how many are done and how many there are.
 
     Returns:
-        In the order of the scenes, the figures of the protocols asked for. A scene's own do not depend on the others.
+        In the order of the scenes, the figures of the protocols asked for. A scene's own depend on the others by
+        the last digit at most: sums are then taken in another order.
 
     Raises:
         EvaluationError: as in `score`, naming the scene by its index; sequences that differ in length; no protocol;
