@@ -378,8 +378,9 @@ class Limit(Section):
 
     def excess(self, value: float) -> float:
         """By how much a figure breaks the limit; 0 or less where it keeps to it."""
-        beyond = [] if self.max is None else [value - self.max]
-        return max([*beyond, *([] if self.min is None else [self.min - value])])
+        high = math.inf if self.max is None else self.max
+        low = -math.inf if self.min is None else self.min
+        return max(value - high, low - value)
 
     def __str__(self) -> str:
         limits = {"at most": self.max, "at least": self.min}

@@ -27,8 +27,9 @@ from crism_mlops.config import InstructPix2PixModel, ScratchUNet, Solver, UNetMo
 from crism_mlops.dataset.samples import Sample
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
-from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, sampling_scheduler, scratch_unet
+from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, scratch_unet
 from crism_mlops.models.latents import LatentCache, round_trip, weights_digest
+from crism_mlops.models.sampling import sampling_scheduler
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.scene import Scene
 

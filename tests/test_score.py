@@ -404,9 +404,10 @@ def test_only_run_py_reads_the_test_set(desk: Desk) -> None:
     }
     assert readers == {"studies/run.py", "dataset/audit.py"}
     manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
+    unchecked: Any = manifest  # mypy refuses it as well
     for name in ("test", "test_balanced"):
         with pytest.raises(EvaluationError, match=r"test scenes are read by studies/run\.py alone"):
-            manifest.pairs(name)  # type: ignore[arg-type]
+            unchecked.pairs(name)
 
 
 @pytest.mark.parametrize("module", ["studies/search_space.py", "studies/study.py", "studies/reconcile.py"])

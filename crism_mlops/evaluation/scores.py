@@ -136,7 +136,7 @@ class ScoreTable:
         """`PREFIX_carbonate/...`, `PREFIX_barren/...`, `PREFIX_region/NAME/...` and `PREFIX_worst/...`."""
         found: dict[str, float] = {}
         for name, table in self.strata():
-            if name in ("carbonate", "barren", "unknown") or name != "all":
+            if name != "all":
                 found |= table.bounded(f"{prefix}_{name}", {m: f"valid/{m}" for m in METRICS})
         return found | {f"{prefix}_worst/{m}": self.worst(m) for m in METRICS}
 
