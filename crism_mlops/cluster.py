@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from threading import Thread, current_thread, main_thread
+from threading import Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
 from crism_mlops.errors import ClusterError
+from crism_mlops.interrupts import holding_interrupts
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -74,11 +75,12 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
         while True:
             # No more than there are workers: what the pool holds already cannot be called back.
             for index, item in islice(waiting, workers - len(running)):
-                with _holding_ctrl_c(), _without_main():
+                with holding_interrupts(), _without_main():
                     running[pool.submit(task, item)] = index
             if not running:
                 return
-            with _holding_ctrl_c():
+            # Raised within, Ctrl-C would leave a lock of the pool taken (measured: 2 of 800).
+            with holding_interrupts():
                 done = wait(running, timeout=WAKES_S, return_when=FIRST_COMPLETED).done
             for future in done:
                 yield running.pop(future), future.result()
@@ -89,7 +91,7 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
         ) from error
     finally:
         # After Ctrl-C or an error what runs is finished first; a second Ctrl-C ends that as well.
-        with _holding_ctrl_c() as again:
+        with holding_interrupts() as again:
             if running:
                 log.warning("finishing what %d processes are at; Ctrl-C again ends them at once", len(running))
             while not again and wait(running, timeout=WAKES_S).not_done:
@@ -98,24 +100,6 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
                 for process in active_children():
                     process.terminate()
             pool.shutdown(wait=not again, cancel_futures=True)
-
-
-@contextmanager
-def _holding_ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C within is put on the list, and takes effect at the end: raised in the middle of a pool's own code
-    it leaves a lock taken, and the process waits for ever (measured: 2 of 800)."""
-    held: list[int] = []  # No Event: its lock could be held when the next Ctrl-C comes.
-    handler = signal.getsignal(signal.SIGINT)
-    if current_thread() is not main_thread() or not callable(handler):
-        yield held
-        return
-    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield held
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

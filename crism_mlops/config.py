@@ -163,6 +163,10 @@ class AuditConfig(Section):
     saturated_share: float = Field(0.05, gt=0.0, le=1.0, description="share of pixels at a range's end that is told")
 
 
+# What a model predicts: the target, or what the linear floor leaves of it.
+Residual = Annotated[Literal["linear"] | None, Field(description="linear: learn on top of the linear floor")]
+
+
 class UNetModel(Section):
     """U-Net baseline (segmentation_models_pytorch)."""
 
@@ -170,6 +174,8 @@ class UNetModel(Section):
     architecture: str = "Unet"
     encoder: str = "resnet34"
     encoder_weights: str | None = Field("imagenet", description="imagenet, or null to train from scratch")
+    loss: Literal["mse", "l1", "huber"] = Field("mse", description="over pixels that show data; huber at 0.1")
+    residual: Residual = None
 
 
 class ScratchUNet(Section):
@@ -180,6 +186,13 @@ class ScratchUNet(Section):
     attention_heads: int = Field(8, ge=1)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2022) on attention, instead of all weights: for small GPUs."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: float = Field(8.0, gt=0.0, description="adapters are scaled by alpha / rank")
+
+
 class InstructPix2PixModel(Section):
     """Fine-tuned InstructPix2Pix (diffusers)."""
 
@@ -188,9 +201,26 @@ class InstructPix2PixModel(Section):
         "timbrooks/instruct-pix2pix", description="hub name, folder in diffusers layout, or tiny (shipped)"
     )
     vae: str | None = Field(None, description="folder of another autoencoder (needs scratch_unet)")
+    input_vae: str | None = Field(
+        None, description="folder of an autoencoder for inputs of four channels (made by crism-mlops train-vae)"
+    )
     scratch_unet: ScratchUNet | None = None
     prompt: str = Field("Predict carbonates", min_length=1)
+    prompt_decimals: int = Field(2, ge=0, le=6, description="of longitude and latitude")
+    prompt_fallback: str | None = Field(
+        None, description="prompt of a scene that lacks metadata which the template asks for; null: it says unknown"
+    )
     text_encoder: Literal["frozen", "trained"] = "frozen"
+    lora: LoraConfig | None = Field(None, description="train adapters only, of the U-Net and of a trained text encoder")
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None, description="what the U-Net predicts; null is as the pretrained model does"
+    )
+    zero_terminal_snr: bool | None = Field(
+        None, description="the last time step is pure noise (Lin et al. 2024); null is as the pretrained model"
+    )
+    snr_gamma: float | None = Field(None, gt=0.0, description="min-SNR weighting (Hang et al. 2023), e.g. 5")
+    noise_offset: float = Field(0.0, ge=0.0, le=1.0, description="of a channel's mean noise, a share of its deviation")
+    residual: Residual = None
     conditioning_dropout: float = Field(0.05, ge=0.0, le=0.33)
     sampler: Solver = Field("dpm++", description="solver of the denoising steps")
     steps: int = Field(15, ge=1, le=1000, description="denoising steps")
@@ -216,22 +246,60 @@ class InstructPix2PixModel(Section):
             raise ValueError("another autoencoder has another latent space: set model.scratch_unet as well")
         return self
 
+    @field_validator("prompt_fallback")
+    @classmethod
+    def _plain(cls, prompt: str | None) -> str | None:
+        if prompt is not None and ("{" in prompt or "}" in prompt):
+            raise ValueError("a fallback stands where metadata is absent, so it has no fields of its own")
+        return prompt
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> InstructPix2PixModel:
+        if self.prediction == "epsilon" and self.zero_terminal_snr:
+            raise ValueError(
+                "epsilon with zero_terminal_snr: of pure noise, the noise says nothing of the image; set "
+                "model.prediction to v_prediction or sample"
+            )
+        return self
+
 
 Model = Annotated[UNetModel | InstructPix2PixModel, Field(discriminator="kind")]
 
 
 class TrainConfig(Section):
-    """The loop: Adam, batches of views, best validation epoch kept."""
+    """What is learned from what: AdamW, batches of views, best validation epoch kept."""
 
     learning_rate: float = Field(1e-4, gt=0.0, le=1.0)
+    text_learning_rate: float | None = Field(None, gt=0.0, le=1.0, description="of a trained text encoder")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
+    warmup_steps: int = Field(0, ge=0)
     batch_size: int = Field(8, ge=1)
     epochs: int = Field(50, ge=1)
     weight_decay: float = Field(0.0, ge=0.0)
-    warmup_steps: int = Field(0, ge=0)
     gradient_clip: float = Field(1.0, gt=0.0)
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="averaged weights are scored and kept")
     balance: Literal["none", "undersample", "weighted"] = "none"
-    validate_every: int = Field(1, ge=1, description="epochs between validations")
+    validate_every: int | None = Field(
+        None, ge=1, description="epochs between validations; null: as many as keep them below 15 % of the arithmetic"
+    )
+    patience: int | None = Field(None, ge=1, description="validations without a better one after which training ends")
+    max_minutes: float | None = Field(None, gt=0.0, description="time of training after which it ends, resumed or not")
+    keep_top: int = Field(1, ge=1, le=20, description="epochs kept, the best of which on all validation scenes wins")
+    keep_bytes: int | None = Field(None, ge=1, description="room for those; the best one is always kept")
+    bad_steps: int = Field(3, ge=1, description="steps without a finite loss, one after the other, that end the trial")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+
+class EngineConfig(Section):
+    """How it is computed, which changes a result by rounding at most: a study may go on with other settings."""
+
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples a forward pass, the rest of a batch is accumulated; null is the whole batch"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for one more forward pass")
+    channels_last: bool | None = Field(None, description="memory format of convolutions; null: on GPUs")
+    compile: bool = Field(False, description="torch.compile; needs a C++ compiler")
+    save_minutes: float = Field(10.0, ge=0.0, description="between two resume states; 0 saves after every step")
 
 
 class EvaluateConfig(Section):
@@ -254,18 +322,22 @@ class RunConfig(Section):
     audit: AuditConfig = AuditConfig()
     model: Model
     train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _channels(self) -> RunConfig:
-        if self.model.kind == "instruct_pix2pix" and self.data.variant == "cassis4":
-            raise ValueError("variant cassis4 has four channels; InstructPix2Pix's autoencoder takes three")
+        if self.model.kind == "instruct_pix2pix" and self.data.variant == "cassis4" and self.model.input_vae is None:
+            raise ValueError(
+                "variant cassis4 has four channels; InstructPix2Pix's autoencoder takes three: train another one with "
+                "`crism-mlops train-vae SWEEP.yaml --out FOLDER`, and set model.input_vae to its folder"
+            )
         return self
 
     @property
     def digest(self) -> str:
         """Digest of everything that can change the result; where scenes lie and the device cannot."""
-        content = self.model_dump(mode="json", exclude={"device": True, "audit": True, "data": PLACES})
+        content = self.model_dump(mode="json", exclude={"device": True, "engine": True, "audit": True, "data": PLACES})
         return digest_of(content)
 
 
@@ -402,7 +474,7 @@ class PrunerConfig(Section):
 _FIXED = (
     "seed", "device", "data.source", "data.path", "data.cache", "data.store", "data.filters", "data.labels",
     "data.ranges", "data.simulated", "data.carbonate", "data.target", "data.target_normalization", "split", "audit",
-    "evaluate", "model.kind",
+    "engine", "evaluate", "model.kind",
 )  # fmt: skip
 
 
@@ -464,7 +536,7 @@ class SweepConfig(RunConfig):
             mode="json",
             exclude={
                 "trials": True, "max_failures": True, "study": True, "experiment": True, "device": True,
-                "audit": True, "data": PLACES, "sampler": True, "pruner": True, "search": True,
+                "engine": True, "audit": True, "data": PLACES, "sampler": True, "pruner": True, "search": True,
             },
         )  # fmt: skip
         flat = dict(_flatten(content))

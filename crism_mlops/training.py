@@ -2,94 +2,333 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from crism_mlops.config import TrainConfig
+from crism_mlops.config import EngineConfig, TrainConfig
 from crism_mlops.errors import TrainingError
+from crism_mlops.interrupts import holding_interrupts
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
-from crism_mlops.models.latents import Tensors
+from crism_mlops.models.resume import ResumeFolder, random_states, restore_random
+from crism_mlops.models.rows import Rows, Tensors, batches
 from crism_mlops.models.unet import UNet
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+Ended = Literal["epochs", "patience", "time"]
+
+
+@dataclass
+class Progress:
+    """Where a training stands: epochs that are done, batches of the next one, steps taken; bad_steps one
+    after the other; the sum of this epoch's losses; seconds of training, over all calls. notes: what
+    the caller of `train` has to know again, JSON content."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    bad_steps: int = 0
+    losses: float = 0.0
+    counted: int = 0
+    seconds: float = 0.0
+    micro_batch: int | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How a training ended: steps taken, seconds, why; the micro-batch that memory allowed."""
+
+    steps: int
+    seconds: float
+    ended: Ended
+    micro_batch: int
 
 
 def train(
     model: UNet | InstructPix2Pix,
-    data: Tensors,
+    data: Rows,
     weights: torch.Tensor,
     config: TrainConfig,
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> int:
-    """Train in place; returns the number of steps taken.
+    on_epoch: Callable[[int, float, bool], bool] = lambda epoch, loss, last: False,
+    engine: EngineConfig | None = None,
+    resume: ResumeFolder | None = None,
+    notes: dict[str, Any] | None = None,
+    on_resume: Callable[[int], None] = lambda step: None,
+) -> Trained:
+    """Train in place, or go on where `resume` was left.
 
     `data` holds one row a sample (from `model.prepare`), `weights` N float64 the samples' shares
-    in an epoch (all equal: plain shuffling). `on_step(step, total, loss)` after each step,
-    `on_epoch(epoch, mean loss)` after each epoch, both counted from 1; what they raise ends the
-    loop. Raises TrainingError when a loss is not finite.
+    in an epoch (all equal: plain shuffling). `on_step(step, total, loss)` after each step;
+    `on_epoch(epoch, mean loss, last)` after each epoch, with the averaged weights where there are
+    any: it returns whether that is enough. Both count from 1; what they raise ends the loop. What
+    on_epoch keeps in `notes` (JSON content) is there again when `on_resume(step)` is called. Raises TrainingError when
+    losses are not finite, memory is short even for one sample, or a state cannot be written.
     """
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    engine = engine or EngineConfig()
     # accelerate keeps the first precision of a process for good; a later trial may have another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=model.device == "cpu", mixed_precision=config.mixed_precision)
-    parameters = [p for module in model.modules for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    optimizer = accelerator.prepare(optimizer)
+    model.configure(engine)
+    on_gpu = model.device.startswith("cuda")
+    for module in model.modules:
+        if engine.channels_last or (engine.channels_last is None and on_gpu):
+            module.to(memory_format=torch.channels_last)
+        if engine.compile:
+            module.compile()
+    data = data.resident(model.device)
+    groups = model.parameter_groups(config.learning_rate, config.text_learning_rate)
+    parameters = [p for group in groups for p in group["params"]]
+    adam = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=model.device != "mps")
+    rates = [group["lr"] for group in adam.param_groups]
+    optimizer = accelerator.prepare(adam)
+    average = _average(parameters, config.ema_decay)
     generator = torch.Generator().manual_seed(seed)
-    total = _batch_count(weights, config.batch_size) * config.epochs
-    step = 0
-    for epoch in range(1, config.epochs + 1):
+    count = -(-len(data) // config.batch_size)
+    total = count * config.epochs
+    progress = Progress(micro_batch=engine.micro_batch, notes={} if notes is None else notes)
+    order = torch.empty(0, dtype=torch.int64)
+
+    def state() -> tuple[Tensors, dict[str, Any]]:
+        """Everything that the next step depends on."""
+        tensors: Tensors = {"order": order}
+        for m, module in enumerate(model.modules):
+            trained = {name for name, p in module.named_parameters() if p.requires_grad}
+            frozen = {name for name, _ in module.named_parameters()} - trained
+            tensors |= {f"model.{m}.{name}": t for name, t in module.state_dict().items() if name not in frozen}
+        for i, parameter in enumerate(parameters):
+            tensors |= {f"adam.{i}.{name}": t for name, t in adam.state.get(parameter, {}).items()}
+        if average is not None:
+            tensors |= {f"average.{i}": t for i, t in enumerate(average.shadow_params)}
+        own, generators = random_states(generator)
+        content = {
+            "progress": asdict(progress),
+            "random": generators,
+            "average": None if average is None else average.optimization_step,
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        }
+        return {**tensors, **own}, content
+
+    def restore(tensors: Tensors, content: dict[str, Any]) -> None:
+        nonlocal order
+        order = tensors["order"]
+        for m, module in enumerate(model.modules):
+            prefix = f"model.{m}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            module.load_state_dict(own, strict=False)
+        for i, parameter in enumerate(parameters):
+            prefix = f"adam.{i}."
+            adam.state[parameter] = {
+                n.removeprefix(prefix): t.to(parameter.device) for n, t in tensors.items() if n.startswith(prefix)
+            }
+        if average is not None:
+            average.shadow_params = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(parameters)]
+            average.optimization_step = content["average"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(content["scaler"])
+        restore_random(tensors, content["random"], generator)
+        for name, value in content["progress"].items():
+            if name != "notes":
+                setattr(progress, name, value)
+        # What memory allowed last time, or less where the settings say so now.
+        sizes = [size for size in (progress.micro_batch, engine.micro_batch) if size is not None]
+        progress.micro_batch = min(sizes, default=None)
+        progress.notes.clear()
+        progress.notes.update(content["progress"]["notes"])
+
+    if resume is not None and (found := resume.load()) is not None:
+        restore(*found)
+        log.info("going on after step %d of %d", progress.step, total)
+        on_resume(progress.step)
+    saved = begun = time.monotonic()
+    before = progress.seconds
+
+    def save() -> None:
+        nonlocal saved
+        if resume is not None:
+            resume.save(progress.step, *state())
+            saved = time.monotonic()
+
+    ended: Ended = "epochs"
+    while progress.epoch < config.epochs and ended == "epochs":
+        if not len(order):
+            order = _order(weights, generator)
         for module in model.modules:
             module.train()
-        losses = []
-        for rows in _batches(weights, config.batch_size, generator):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-            batch = {name: tensor[rows].to(model.device) for name, tensor in data.items()}
-            with accelerator.autocast():
-                loss = model.loss(batch, generator)
-            value = float(loss.detach())
-            step += 1
-            if value != value or value in (float("inf"), float("-inf")):
-                raise TrainingError(
-                    f"loss is {value} at step {step} of {total} (epoch {epoch}); lower train.learning_rate "
-                    f"(now {config.learning_rate:g}) or train.gradient_clip (now {config.gradient_clip:g})"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, config.gradient_clip)
-            optimizer.step()
-            losses.append(value)
-            on_step(step, total, value)
+        # Batches differ by one row at most: a last batch of a few leftovers would weigh each of them
+        # more than the others, and batch normalisation has no statistics in a batch of one.
+        for batch in batches(data, order.tensor_split(count)[progress.batch :], model.device):
+            with holding_interrupts(limit=1) as held:
+                for group, rate in zip(adam.param_groups, rates, strict=True):
+                    group["lr"] = rate * _rate(config, progress.step, total)
+                drawn = model.draw(batch.tensors, generator)
+                value, norm = _step(model, drawn, optimizer, parameters, accelerator, config.gradient_clip, progress)
+                progress.step += 1
+                progress.batch += 1
+                if math.isfinite(value) and (math.isfinite(norm) or accelerator.scaler is not None):
+                    progress.bad_steps = 0
+                    progress.losses, progress.counted = progress.losses + value, progress.counted + 1
+                    if average is not None:
+                        average.step(parameters)
+                else:
+                    progress.bad_steps += 1
+                    _bad(progress, total, value, norm, [data.labels[int(i)] for i in batch.rows], config)
+                progress.seconds = before + time.monotonic() - begun
+                if held or time.monotonic() - saved >= 60.0 * engine.save_minutes:
+                    save()
+            on_step(progress.step, total, value)
+            if config.max_minutes is not None and progress.seconds >= 60.0 * config.max_minutes:
+                ended = "time"
+                break
         for module in model.modules:
             module.eval()
-        on_epoch(epoch, sum(losses) / len(losses))
-    return step
+        last = ended == "time" or progress.epoch + 1 == config.epochs
+        try:
+            with _averaged(average, parameters):
+                enough = on_epoch(progress.epoch + 1, progress.losses / max(progress.counted, 1), last)
+        except KeyboardInterrupt:
+            # All steps of the epoch are done; what follows it is done again.
+            save()
+            raise
+        progress.epoch, progress.batch, progress.losses, progress.counted = progress.epoch + 1, 0, 0.0, 0
+        order = order[:0]
+        if enough and not last:
+            ended = "patience"
+    # What comes after training may be interrupted as well.
+    save()
+    if average is not None:
+        average.copy_to(parameters)
+    return Trained(progress.step, progress.seconds, ended, progress.micro_batch or config.batch_size)
 
 
-def _batches(weights: torch.Tensor, size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Row numbers of one epoch's batches: a permutation, or draws by weight where weights differ.
+def _step(
+    model: UNet | InstructPix2Pix,
+    drawn: Tensors,
+    optimizer: Any,
+    parameters: list[torch.nn.Parameter],
+    accelerator: Any,
+    gradient_clip: float,
+    progress: Progress,
+) -> tuple[float, float]:
+    """One step on a drawn batch, a micro-batch at a time: its loss and the norm of its gradient.
 
-    Batches differ by one row at most: a last batch of a few leftovers would weigh each of them more
-    than the others, and batch normalisation has no statistics in a batch of one.
+    The parts' losses add up to that of the whole batch, as all that is random is drawn for it before.
+    Where memory is short they become smaller, for good. Nothing is updated where a figure is not finite.
     """
     import torch
 
+    total = model.count(drawn).clamp_min(1.0)
+    size = len(next(iter(drawn.values())))
+    while True:
+        micro = min(progress.micro_batch or size, size)
+        value = 0.0
+        try:
+            optimizer.zero_grad(set_to_none=True)
+            for start in range(0, size, micro):
+                part = drawn if micro == size else {name: t[start : start + micro] for name, t in drawn.items()}
+                with accelerator.autocast():
+                    loss = model.errors(part) / total
+                accelerator.backward(loss)
+                value += float(loss.detach())
+            break
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if micro == 1:
+                raise TrainingError(
+                    f"memory does not suffice for a batch of one ({str(error).splitlines()[0][:120]}); lower "
+                    "data.resolution, set engine.gradient_checkpointing or model.lora"
+                ) from error
+            progress.micro_batch = -(-micro // 2)
+            log.warning(
+                "memory does not suffice for %d samples at once: %d from here on, a batch is still %d (accumulated)",
+                micro, progress.micro_batch, size,
+            )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    norm = float(accelerator.clip_grad_norm_(parameters, gradient_clip))
+    # A scaler skips a step by itself where half precision overflowed, and scales less next time.
+    if math.isfinite(value) and (math.isfinite(norm) or accelerator.scaler is not None):
+        optimizer.step()
+    return value, norm
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that memory is short: a class of its own on a GPU, words on a CPU."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
+
+
+def _bad(progress: Progress, total: int, value: float, norm: float, scenes: list[str], config: TrainConfig) -> None:
+    """Log a step without a finite figure; raise TrainingError for the last one that is allowed."""
+    named = ", ".join(list(dict.fromkeys(scenes))[:8])
+    what = (
+        f"loss is {value}, gradient norm {norm:g}, at step {progress.step} of {total} (epoch {progress.epoch + 1}), "
+        f"scenes {named}"
+    )
+    if progress.bad_steps >= config.bad_steps:
+        raise TrainingError(
+            f"{what}; {progress.bad_steps} such steps one after the other: lower train.learning_rate (now "
+            f"{config.learning_rate:g}) or train.gradient_clip (now {config.gradient_clip:g}), or look at these scenes"
+        )
+    log.warning("%s; the step is left out", what)
+
+
+def _rate(config: TrainConfig, step: int, total: int) -> float:
+    """Share of the learning rate at a step, counted from 0: the warm-up, then the schedule to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    if config.schedule == "linear":
+        return 1.0 - done
+    return 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0
+
+
+def _order(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Row numbers of one epoch: a permutation, or draws by weight where weights differ."""
+    import torch
+
     if bool((weights == weights[0]).all()):
-        order = torch.randperm(len(weights), generator=generator)
-    else:
-        order = torch.multinomial(weights, len(weights), replacement=True, generator=generator)
-    yield from order.tensor_split(_batch_count(weights, size))
+        return torch.randperm(len(weights), generator=generator)
+    return torch.multinomial(weights, len(weights), replacement=True, generator=generator)
 
 
-def _batch_count(weights: torch.Tensor, size: int) -> int:
-    return -(-len(weights) // size)
+def _average(parameters: list[torch.nn.Parameter], decay: float | None) -> Any:
+    """The exponential average of weights (Polyak; decay rises to its value over the first steps)."""
+    if decay is None:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=decay, foreach=True)
+
+
+@contextmanager
+def _averaged(average: Any, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """The averaged weights in the model's place, meanwhile."""
+    if average is None:
+        yield
+        return
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from crism_mlops.config import DataConfig, SplitConfig, Variant
+from crism_mlops.config import DataConfig, InstructPix2PixModel, SplitConfig, Variant
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.dataset.prompts import render, scene_prompt
 from crism_mlops.dataset.split import Split, split_scenes
@@ -494,7 +494,8 @@ TEMPLATE = "Longitude: {longitude}, Latitude: {latitude}, Location name: {locati
 
 
 def test_prompts() -> None:
-    assert scene_prompt(TEMPLATE, scene(0)) == (
+    model = InstructPix2PixModel(kind="instruct_pix2pix", prompt=TEMPLATE, prompt_decimals=2)
+    assert scene_prompt(model, scene(0)) == (
         "Longitude: 77.50, Latitude: 18.40, Location name: jezero crater, predict carbonates if present"
     )
     assert render(TEMPLATE, None, None, None) == (

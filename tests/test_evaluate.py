@@ -30,6 +30,7 @@ from crism_mlops.evaluation.metrics import FIGURES
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.floors import CopyFloor, LinearFloor, fit_boosted, fit_linear, fit_mean
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
+from crism_mlops.scenes.scene import Scene
 
 Floats = NDArray[np.float32]
 
@@ -55,6 +56,14 @@ def make_pair(name: str, side: int = 32, bearing: bool | None = True, truth: Flo
     scene = make_scene(name, side, bearing)
     shown = scene.valid[..., None]
     return Pair(scene, np.where(shown, scene.bands, 0), np.where(shown, scene.target if truth is None else truth, 0))
+
+
+def located(scene: Scene) -> str:
+    return f"{scene.region} at {scene.latitude_deg}"
+
+
+def blank(scene: Scene) -> str:
+    return ""
 
 
 def make_pairs() -> list[Pair]:
@@ -113,7 +122,7 @@ def test_a_scene_has_the_same_bits_alone_in_a_batch_and_anywhere(kind: str) -> N
 def test_scenes_bring_their_prompts_and_seeds() -> None:
     model, pairs = Half(), make_pairs()
     config = EvaluateConfig(chunk=4, seed=3)
-    outputs = predict_pairs(model, pairs, "{location} at {latitude}", config, 32).images
+    outputs = predict_pairs(model, pairs, located, config, 32).images
     assert [o.shape for o in outputs] == [p.truth.shape for p in pairs]
     _, prompts, seeds = model.calls[0]
     assert prompts == ["jezero at 18.38"] * 4
@@ -234,10 +243,10 @@ def drawn_pairs() -> list[Pair]:
 
 def test_several_draws_are_averaged_and_their_spread_is_kept() -> None:
     pairs = drawn_pairs()
-    one = predict_pairs(Noisy(0.02), pairs, "x", EvaluateConfig(chunk=4), 32)
+    one = predict_pairs(Noisy(0.02), pairs, blank, EvaluateConfig(chunk=4), 32)
     assert one.spreads is None
     assert calibration(one, pairs) is None
-    many = predict_pairs(Noisy(0.02), pairs, "x", EvaluateConfig(chunk=4, draws=12), 32)
+    many = predict_pairs(Noisy(0.02), pairs, blank, EvaluateConfig(chunk=4, draws=12), 32)
     assert many.spreads is not None
     assert many.draw_rmse is not None
     valid = pairs[0].scene.valid
@@ -257,7 +266,7 @@ def test_several_draws_are_averaged_and_their_spread_is_kept() -> None:
 @pytest.mark.parametrize(("deviation", "low", "high"), [(0.02, 0.93, 0.97), (0.002, 0.0, 0.5), (0.06, 0.995, 1.0)])
 def test_calibration_tells_overconfidence(deviation: float, low: float, high: float) -> None:
     pairs = drawn_pairs()
-    found = calibration(predict_pairs(Noisy(deviation), pairs, "x", EvaluateConfig(chunk=4, draws=12), 32), pairs)
+    found = calibration(predict_pairs(Noisy(deviation), pairs, blank, EvaluateConfig(chunk=4, draws=12), 32), pairs)
     assert found is not None
     assert low <= found.coverage <= high
     assert len(found.bins) == 10
@@ -285,7 +294,7 @@ def test_bins_of_a_calibrated_model_lie_on_the_line_however_few_the_draws(draws:
             return torch.from_numpy(np.stack([next(self.turns) for _ in images])) * 2.0 - 1.0
 
     config = EvaluateConfig(chunk=1, draws=draws)
-    found = calibration(predict_pairs(Played(), pairs, "x", config, 64), pairs)
+    found = calibration(predict_pairs(Played(), pairs, blank, config, 64), pairs)
     assert found is not None
     assert 0.94 < found.coverage < 0.96
     assert len(found.bins) == (10 if draws >= 4 else 1)

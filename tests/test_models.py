@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,15 +24,19 @@ from diffusers import (
 from diffusers import StableDiffusionInstructPix2PixPipeline as Pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from crism_mlops.config import InstructPix2PixModel, ScratchUNet, Solver, UNetModel
-from crism_mlops.dataset.samples import Sample
+from crism_mlops.config import DataConfig, InstructPix2PixModel, ScratchUNet, Solver, TrainConfig, UNetModel
+from crism_mlops.dataset.samples import Sample, Samples, build_samples
+from crism_mlops.dataset.variants import fit_transform
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, scratch_unet
 from crism_mlops.models.latents import LatentCache, round_trip, weights_digest
+from crism_mlops.models.rows import Rows
 from crism_mlops.models.sampling import sampling_scheduler
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.scene import Scene
+from crism_mlops.scenes.store import Store
+from crism_mlops.training import train
 
 SIDE = 32
 SCRATCH = ScratchUNet(block_channels=(16, 32), attention_heads=4)
@@ -60,6 +65,11 @@ def make_samples(count: int = 3) -> list[Sample]:
         valid[: 3 + i] = False
         samples.append(Sample(make_scene(f"frt0000000{i}"), "whole", image, target, valid))
     return samples
+
+
+def whole(data: Rows) -> dict[str, torch.Tensor]:
+    """All rows as one batch."""
+    return data.batch(range(len(data)))
 
 
 def make_tokenizer() -> Any:
@@ -213,7 +223,7 @@ def test_half_precision_files_compute_in_single_precision(folder: Path, tmp_path
 
 def test_prepare_gives_modes_unscaled_and_the_share_of_valid_pixels(model: InstructPix2Pix) -> None:
     samples = make_samples()
-    data = model.prepare(samples)
+    data = whole(model.prepare(samples))
     for i, sample in enumerate(samples):
         with torch.no_grad():
             mode = model.vae.encode(sample.input[None]).latent_dist.mode()
@@ -223,35 +233,132 @@ def test_prepare_gives_modes_unscaled_and_the_share_of_valid_pixels(model: Instr
         torch.testing.assert_close(data["std"][i : i + 1], posterior.std)
         shares = sample.valid.float().reshape(SIDE // 2, 2, SIDE // 2, 2).mean(dim=(1, 3))
         torch.testing.assert_close(data["weight"][i, 0], shares)
-    assert data["tokens"].shape == (3, 77)
+    words = model.tokenizer("Find jezero", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(data["text"], model.text_encoder(words)[0].expand(3, 77, -1))
     assert not any(t.requires_grad or t.is_inference() for t in data.values())
 
 
-def test_cached_latents_are_the_uncached_ones_and_are_computed_once(model: InstructPix2Pix) -> None:
-    samples, cache = make_samples(), LatentCache(entries=2)
-    plain = model.prepare(samples)
-    first, again = model.prepare(samples, cache, "a"), model.prepare(samples, cache, "a")
-    assert (cache.misses, cache.hits) == (1, 1)
+def stored_samples(folder: Path, count: int = 2) -> Samples:
+    """Samples of scenes of noise as a store keeps them: the whole and its flip."""
+    data = DataConfig(
+        source="pairs", store=str(folder), cache=str(folder / "cache"), normalization="minmax",
+        target_normalization="minmax", resolution=SIDE, views=("whole", "vflip"),
+    )  # fmt: skip
+    scenes = [make_scene(f"frt0000000{i}") for i in range(count)]
+    transform = fit_transform(scenes, "pnr", "minmax")
+    return Samples(scenes, build_samples(scenes, data, transform, 0), data)
+
+
+def test_cached_latents_are_the_uncached_ones_and_are_computed_once(model: InstructPix2Pix, tmp_path: Path) -> None:
+    samples = stored_samples(tmp_path)
+    plain = whole(model.prepare(samples))
+    caches = [LatentCache(Store(str(tmp_path), tmp_path)) for _ in range(2)]
+    first, again = (whole(model.prepare(samples, cache)) for cache in caches)
+    # Inputs and targets of two scenes, and one prompt.
+    assert [(c.misses, c.hits) for c in caches] == [(5, 0), (0, 5)]
+    assert caches[1].seconds_saved > 0.0
+    assert (
+        caches[0].bytes
+        == caches[1].bytes
+        == sum(4 * t[name].numel() for t in (first,) for name in LATENTS) + (4 * 77 * 16)
+    )
     for name, tensor in plain.items():
         assert torch.equal(first[name], tensor), name
         assert torch.equal(again[name], tensor), name
-    model.prepare(samples[:1], cache, "b")
-    model.prepare(samples[:2], cache, "c")
-    assert len(model.prepare(samples, cache, "a")["mean"]) == 3
-    assert cache.misses == 4  # "a" was the oldest of three
 
 
-def test_another_prompt_shares_latents_but_another_autoencoder_does_not(model: InstructPix2Pix) -> None:
-    samples, cache = make_samples(1), LatentCache()
-    one = model.prepare(samples, cache, "a")
+LATENTS = ("condition", "mean", "std", "weight")
+
+
+def test_input_variants_share_the_targets_latents(model: InstructPix2Pix, tmp_path: Path) -> None:
+    samples = stored_samples(tmp_path)
+    store = Store(str(tmp_path), tmp_path)
+    model.prepare(samples, LatentCache(store))
+    other = [replace(block, input_digest=f"other{i}") for i, block in enumerate(samples.blocks)]
+    samples.blocks = tuple(other)
+    cache = LatentCache(store)
+    model.prepare(samples, cache)
+    assert (cache.misses, cache.hits) == (2, 3)
+
+
+def test_another_prompt_shares_latents_but_another_autoencoder_does_not(model: InstructPix2Pix, tmp_path: Path) -> None:
+    samples, store = stored_samples(tmp_path, 1), Store(str(tmp_path), tmp_path)
+    one = whole(model.prepare(samples, LatentCache(store)))
     model.config = config_of(prompt="other")
-    two = model.prepare(samples, cache, "a")
-    assert cache.hits == 1
-    assert not torch.equal(one["tokens"], two["tokens"])
+    cache = LatentCache(store)
+    two = whole(model.prepare(samples, cache))
+    assert (cache.misses, cache.hits) == (1, 2)
+    assert not torch.equal(one["text"], two["text"])
     with torch.no_grad():
         next(model.vae.parameters()).add_(1.0)
-    model.prepare(samples, cache, "a")
+    cache = LatentCache(store)
+    model.prepare(samples, cache)
+    assert (cache.misses, cache.hits) == (2, 1)
+
+
+def test_a_text_encoder_that_is_trained_has_no_cached_embeddings(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = instruct_pix2pix.load(folder, config_of(text_encoder="trained"))
+    cache = LatentCache(Store(str(tmp_path), tmp_path))
+    with caplog.at_level("INFO"):
+        data = whole(model.prepare(stored_samples(tmp_path, 1), cache))
+    assert "not cached: the text encoder is trained" in caplog.text
     assert cache.misses == 2
+    assert data["tokens"].shape == (2, 77)
+    assert "text" not in data
+
+
+@pytest.mark.parametrize("text_encoder", ["frozen", "trained"])
+def test_cached_training_is_uncached_training_loss_by_loss(folder: Path, tmp_path: Path, text_encoder: str) -> None:
+    """The published script's step: both images and the prompt are encoded every time."""
+    samples = stored_samples(tmp_path, 4)
+    model = instruct_pix2pix.load(folder, config_of(text_encoder=text_encoder, conditioning_dropout=0.2))
+    data = model.prepare(samples, LatentCache(Store(str(tmp_path), tmp_path)))
+    config = TrainConfig(learning_rate=1e-3, batch_size=3, epochs=3, gradient_clip=1e9)
+    losses: list[float] = []
+    train(model, data, torch.ones(len(data)), config, 5, lambda step, total, loss: losses.append(loss))
+    assert len(losses) == 9
+
+    plain = instruct_pix2pix.load(folder, config_of(text_encoder=text_encoder))
+    parameters = [p for module in plain.modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(5)
+    for module in plain.modules:
+        module.train()
+    expected = []
+    for _ in range(3):
+        for rows in torch.randperm(8, generator=generator).tensor_split(3):
+            loss = uncached_loss(plain, [samples[int(i)] for i in rows], generator, 0.2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            expected.append(float(loss.detach()))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[0] == pytest.approx(expected[0], rel=1e-6)
+
+
+def uncached_loss(
+    model: InstructPix2Pix, samples: list[Sample], generator: torch.Generator, rate: float
+) -> torch.Tensor:
+    """What a step of diffusers' training script does, with the loss on valid latent pixels."""
+    with torch.no_grad():
+        posterior = model.vae.encode(torch.stack([s.target for s in samples])).latent_dist
+        condition = model.vae.encode(torch.stack([s.input for s in samples])).latent_dist.mode()
+    shape = tuple(posterior.mean.shape)
+    sampled, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    latents = (posterior.mean + posterior.std * sampled) * model.vae.config.scaling_factor
+    timesteps = torch.randint(0, TRAIN_STEPS, (shape[0],), generator=generator)
+    chance = torch.rand(shape[0], generator=generator)
+    ids = model.tokenize(["Find jezero"]).expand(shape[0], 77)
+    no_text = (chance < 2 * rate)[:, None]
+    words = model.text_encoder(torch.where(no_text, model.tokenize([""]), ids))[0]
+    condition = condition * (1.0 - ((chance >= rate) & (chance < 3 * rate)).float()[:, None, None, None])
+    noisy = DDPMScheduler.from_config(model.scheduler.config).add_noise(latents, noise, timesteps)
+    output = model.unet(torch.cat([noisy, condition], dim=1), timesteps, encoder_hidden_states=words).sample
+    weight = torch.nn.functional.avg_pool2d(torch.stack([s.valid for s in samples]).float()[:, None], 2)
+    return (weight * (output - noise) ** 2).sum() / (4 * weight.sum())
 
 
 def test_a_prompt_that_would_be_cut_off_is_refused(model: InstructPix2Pix) -> None:
@@ -302,9 +409,9 @@ def test_the_loss_is_the_published_one(kind: str) -> None:
     model = InstructPix2Pix(make_parts(prediction_type=kind), config_of(conditioning_dropout=0.25))
     samples = make_samples(8)
     with torch.no_grad():
-        loss = model.loss(model.prepare(samples), torch.Generator().manual_seed(3))
+        loss = model.loss(whole(model.prepare(samples)), torch.Generator().manual_seed(3))
         assert float(loss) == pytest.approx(plain_loss(model, samples, 3, kind), rel=1e-4)
-        other = model.loss(model.prepare(samples), torch.Generator().manual_seed(4))
+        other = model.loss(whole(model.prepare(samples)), torch.Generator().manual_seed(4))
     assert float(other) != float(loss)
 
 
@@ -329,7 +436,7 @@ def test_conditions_are_dropped_as_published(model: InstructPix2Pix) -> None:
         "mean": torch.zeros(count, 4, 1, 1),
         "std": torch.ones(count, 4, 1, 1),
         "weight": torch.ones(count, 1, 1, 1),
-        "tokens": model.tokenize(["jezero"]).expand(count, 77),
+        "text": model.text_encoder(model.tokenize(["jezero"]))[0].detach().expand(count, 77, -1),
     }
     with torch.no_grad():
         model.loss(batch, torch.Generator().manual_seed(0))
@@ -347,7 +454,7 @@ def test_conditions_are_dropped_as_published(model: InstructPix2Pix) -> None:
 
 def test_masked_pixels_do_not_count(model: InstructPix2Pix) -> None:
     model.unet = Denoiser()
-    batch = model.prepare(make_samples())
+    batch = whole(model.prepare(make_samples()))
     masked = (batch["weight"] == 0).expand_as(batch["mean"])
     assert masked.any()
     poisoned = {**batch, "mean": torch.where(masked, 1e3, batch["mean"])}
@@ -363,7 +470,7 @@ def test_masked_pixels_do_not_count(model: InstructPix2Pix) -> None:
 @pytest.mark.parametrize("text_encoder", ["frozen", "trained"])
 def test_gradients_reach_what_is_trained_and_nothing_else(folder: Path, text_encoder: str) -> None:
     model = instruct_pix2pix.load(folder, config_of(text_encoder=text_encoder))
-    model.loss(model.prepare(make_samples(2)), torch.Generator().manual_seed(0)).backward()
+    model.loss(whole(model.prepare(make_samples(2))), torch.Generator().manual_seed(0)).backward()
     assert all(p.grad is not None for p in model.unet.parameters())
     assert all(p.grad is None for p in model.vae.parameters())
     reached = [p.grad is not None and bool(p.grad.any()) for p in model.text_encoder.parameters()]
@@ -575,7 +682,7 @@ def tiny_autoencoder(tmp_path: Path) -> Path:
 def test_another_autoencoder_without_a_distribution(folder: Path, tiny_autoencoder: Path, tmp_path: Path) -> None:
     config = config_of(pretrained=str(folder), vae=str(tiny_autoencoder), scratch_unet=SCRATCH)
     model = instruct_pix2pix.build(config, 0)
-    data = model.prepare(make_samples(2))
+    data = whole(model.prepare(make_samples(2)))
     assert not data["std"].any()
     encoded = model.vae.encode(make_samples(1)[0].target[None]).latents
     torch.testing.assert_close(data["mean"][:1], encoded)
@@ -689,7 +796,7 @@ def test_a_folder_that_is_no_unet_is_named(tmp_path: Path, damage: Callable[[Pat
 def test_the_unet_loss_is_the_mean_over_valid_pixels() -> None:
     module = torch.nn.Conv2d(3, 3, 1)
     model = UNet(module, UNET)
-    batch = model.prepare(make_samples(3))
+    batch = whole(model.prepare(make_samples(3)))
     loss = model.loss(batch, torch.Generator())
     assert loss.requires_grad
     valid = batch["weight"].bool().expand_as(batch["target"])
@@ -704,6 +811,6 @@ def test_the_unet_loss_is_the_mean_over_valid_pixels() -> None:
 def test_a_batch_of_one_at_the_smallest_size_says_what_to_do() -> None:
     model = unet.build(UNET, 3, 0)
     model.module.train()
-    batch = model.prepare(make_samples(1))
+    batch = whole(model.prepare(make_samples(1)))
     with pytest.raises(ModelError, match=r"train\.batch_size to 2 or more"):
         model.loss(batch, torch.Generator())

@@ -10,11 +10,12 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 
-from crism_mlops.config import TrainConfig, UNetModel
+from crism_mlops.config import EngineConfig, TrainConfig, UNetModel
 from crism_mlops.errors import TrainingError
 from crism_mlops.models.latents import weights_digest
+from crism_mlops.models.rows import Rows, Tensors
 from crism_mlops.models.unet import UNet
-from crism_mlops.training import train
+from crism_mlops.training import Trained, train
 
 UNET = UNetModel(kind="unet", encoder="resnet18", encoder_weights=None)
 
@@ -32,15 +33,27 @@ class Recorder:
         self.batches: list[list[int]] = []
         self.training: list[bool] = []
 
-    def loss(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+    def configure(self, engine: EngineConfig) -> None:
+        pass
+
+    def parameter_groups(self, rate: float, text_rate: float | None) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": rate}]
+
+    def draw(self, batch: Tensors, generator: torch.Generator) -> Tensors:
         self.batches.append(batch["row"].tolist())
         self.training.append(self.module.training)
-        return self.slope * self.module.weight.sum()
+        return batch
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        return torch.tensor(float(len(batch["row"])))
+
+    def errors(self, batch: Tensors) -> torch.Tensor:
+        return len(batch["row"]) * self.slope * self.module.weight.sum()
 
 
-def run(model: Any, count: int, config: TrainConfig, seed: int = 0, **options: Any) -> int:
+def run(model: Any, count: int, config: TrainConfig, seed: int = 0, **options: Any) -> Trained:
     weights = options.pop("weights", torch.ones(count, dtype=torch.float64))
-    return train(model, {"row": torch.arange(count)}, weights, config, seed, **options)
+    return train(model, Rows([{"row": torch.arange(count)}]), weights, config, seed, **options)
 
 
 def tiny_unet(seed: int) -> UNet:
@@ -50,24 +63,28 @@ def tiny_unet(seed: int) -> UNet:
     return UNet(module, UNET)
 
 
-def linear_truth(count: int = 8, side: int = 32) -> dict[str, torch.Tensor]:
+def linear_truth(count: int = 8, side: int = 32) -> Rows:
     """Targets that are a linear map of the input's channels."""
     images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
     mix = torch.tensor([[0.6, -0.2, 0.1], [0.1, 0.5, 0.0], [0.0, 0.3, -0.4]])
-    return {
-        "input": images,
-        "target": torch.einsum("oc,nchw->nohw", mix, images),
-        "weight": torch.ones(count, 1, side, side),
-    }
+    return Rows(
+        [
+            {
+                "input": images,
+                "target": torch.einsum("oc,nchw->nohw", mix, images),
+                "weight": torch.ones(count, 1, side, side, dtype=torch.bool),
+            }
+        ]
+    )
 
 
 def test_a_unet_learns_a_linear_map() -> None:
     losses: list[float] = []
-    steps = train(
+    done = train(
         tiny_unet(0), linear_truth(), torch.ones(8), TrainConfig(learning_rate=1e-2, batch_size=4, epochs=12), 0,
-        on_epoch=lambda epoch, loss: losses.append(loss),
+        on_epoch=lambda epoch, loss, last: bool(losses.append(loss)),
     )  # fmt: skip
-    assert steps == 24
+    assert done.steps == 24
     assert losses[-1] < 0.4 * losses[0]
 
 
@@ -83,7 +100,7 @@ def test_a_seed_gives_the_same_weights_bit_for_bit() -> None:
 @pytest.mark.parametrize(("count", "size", "sizes"), [(8, 4, [4, 4]), (9, 4, [3, 3, 3]), (5, 8, [5]), (1, 8, [1])])
 def test_an_epoch_shows_every_row_once_in_batches_of_like_size(count: int, size: int, sizes: list[int]) -> None:
     model = Recorder()
-    steps = run(model, count, TrainConfig(batch_size=size, epochs=2))
+    steps = run(model, count, TrainConfig(batch_size=size, epochs=2)).steps
     assert steps == 2 * len(sizes) == len(model.batches)
     assert [len(rows) for rows in model.batches] == sizes * 2
     half = len(sizes)
@@ -108,16 +125,18 @@ def test_callbacks_count_from_one() -> None:
     events: list[str] = []
     model = Recorder()
 
-    def on_epoch(epoch: int, loss: float) -> None:
+    def on_epoch(epoch: int, loss: float, last: bool) -> bool:
         epochs.append((epoch, loss))
         events.append("epoch")
+        assert last == (epoch == 2)
         assert not model.module.training
+        return False
 
     def on_step(step: int, total: int, loss: float) -> None:
         steps.append((step, total, loss))
         events.append("step")
 
-    assert run(model, 5, TrainConfig(batch_size=2, epochs=2), on_step=on_step, on_epoch=on_epoch) == 6
+    assert run(model, 5, TrainConfig(batch_size=2, epochs=2), on_step=on_step, on_epoch=on_epoch).steps == 6
     assert [s[:2] for s in steps] == [(i, 6) for i in range(1, 7)]
     assert events == ["step"] * 3 + ["epoch"] + ["step"] * 3 + ["epoch"]
     assert [e for e, _ in epochs] == [1, 2]
@@ -158,8 +177,10 @@ def test_a_loss_that_is_not_finite_ends_with_its_step(bad: float) -> None:
         if step == 2:
             model.slope = bad
 
-    config = TrainConfig(learning_rate=1e-3, batch_size=1, epochs=2)
-    with pytest.raises(TrainingError, match=r"step 3 of 4 \(epoch 2\); lower train\.learning_rate \(now 0\.001\)"):
+    config = TrainConfig(learning_rate=1e-3, batch_size=1, epochs=2, bad_steps=1)
+    with pytest.raises(
+        TrainingError, match=r"step 3 of 4 \(epoch 2\), scenes [01]; 1 such .*lower train\.learning_rate \(now 0\.001\)"
+    ):
         run(model, 2, config, on_step=on_step)
     assert math.isfinite(model.module.weight.item())  # what was learnt before it is still there
 

@@ -108,7 +108,8 @@ class Manifest:
         """Every view of every scene of a split that shows any data; rendered into the store first
         where they are not there yet. Raises StoreError if it cannot be written."""
         scenes = self.of(name)
-        return Samples(scenes, build_samples(scenes, self.data, self.transform, self.seed, where, on_scene), self.data)
+        stored = build_samples(scenes, self.data, self.transform, self.seed, where, on_scene)
+        return Samples(scenes, stored, self.data, self.seed)
 
     @cached_property
     def scenes_digest(self) -> str:

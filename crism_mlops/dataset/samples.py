@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -56,19 +56,25 @@ def sample_name(scene: Scene, data: DataConfig, transform: InputTransform, seed:
     fitted = asdict(transform)
     # Which scenes a transform was fitted on is told by its numbers as well.
     fitted.pop("fitted_on", None)
-    key = digest_of(
-        {
-            "sampler": SAMPLER_VERSION,
-            # What a scene's label or region is said to be does not change a sample.
-            "scene": [scene.observation_id, scene.pixels],
-            "transform": fitted,
-            "target": target_key(data),
-            "resolution": data.resolution,
-            "views": data.views,
-            "seed": seed,
-        }
-    )
+    key = digest_of({**_target_facts(scene, data, seed), "transform": fitted})
     return f"samples/{key[:2]}/{key}.safetensors"
+
+
+def target_digest(scene: Scene, data: DataConfig, seed: int) -> str:
+    """Digest of the targets of a scene's samples: the same for every input variant."""
+    return digest_of(_target_facts(scene, data, seed))
+
+
+def _target_facts(scene: Scene, data: DataConfig, seed: int) -> dict[str, Any]:
+    return {
+        "sampler": SAMPLER_VERSION,
+        # What a scene's label or region is said to be does not change a sample.
+        "scene": [scene.observation_id, scene.pixels],
+        "target": target_key(data),
+        "resolution": data.resolution,
+        "views": data.views,
+        "seed": seed,
+    }
 
 
 def build_samples(
@@ -144,17 +150,30 @@ def _views(scene: Scene, task: SampleTask) -> tuple[dict[str, np.ndarray], list[
     return {key: np.stack(parts) for key, parts in rows.items() if parts}, names
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The samples of one scene as they are stored: tensors input V x C x R x R, target V x 3 x R x R
+    (both in [-1, 1]) and valid V x R x R, one row a view. Digests of the inputs and of the targets;
+    None for samples that are not of a store."""
+
+    scene: Scene
+    views: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+    input_digest: str | None = None
+    target_digest: str | None = None
+
+
 class Samples(Sequence[Sample]):
     """Every stored view of some scenes; a sample's pages are read from disk when they are looked at."""
 
-    def __init__(self, scenes: Sequence[Scene], stored: Sequence[str], data: DataConfig) -> None:
+    def __init__(self, scenes: Sequence[Scene], stored: Sequence[str], data: DataConfig, seed: int = 0) -> None:
         store = open_store(data)
         self.stored = tuple(stored)
-        self._rows: list[tuple[Scene, dict[str, torch.Tensor], int, str]] = []
+        blocks = []
         for scene, name in zip(scenes, stored, strict=True):
             with store.reading(name) as path:
                 tensors = map_tensors(path)
-                views = [str(view) for view in json.loads(read_facts(path)["views"])]
+                views = tuple(str(view) for view in json.loads(read_facts(path)["views"]))
                 expected = {
                     "input": (len(views), channels(data.variant), data.resolution, data.resolution),
                     "target": (len(views), 3, data.resolution, data.resolution),
@@ -162,7 +181,11 @@ class Samples(Sequence[Sample]):
                 }
                 if views and (found := {key: tuple(t.shape) for key, t in tensors.items()}) != expected:
                     raise ValueError(f"it holds {found}, expected {expected}")
-            self._rows += [(scene, tensors, index, view) for index, view in enumerate(views)]
+            # A scene of which no view shows data has a file, and no sample.
+            if views:
+                blocks.append(Block(scene, views, tensors, Path(name).stem, target_digest(scene, data, seed)))
+        self.blocks = tuple(blocks)
+        self._rows = [(block, row) for block in blocks for row in range(len(block.views))]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -174,8 +197,19 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        scene, tensors, row, view = self._rows[index]
-        return Sample(scene, view, tensors["input"][row], tensors["target"][row], tensors["valid"][row])
+        block, row = self._rows[index]
+        of = block.tensors
+        return Sample(block.scene, block.views[row], of["input"][row], of["target"][row], of["valid"][row])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
+
+
+def blocks_of(samples: Sequence[Sample]) -> Sequence[Block]:
+    """The samples by scene, in their order; each by itself where they are not of a store."""
+    if isinstance(samples, Samples):
+        return samples.blocks
+    return [
+        Block(s.scene, (s.view,), {"input": s.input[None], "target": s.target[None], "valid": s.valid[None]})
+        for s in samples
+    ]

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from crism_mlops.config import DataConfig, EvaluateConfig
 from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.manifest import Pair
-from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.split import region_name
 from crism_mlops.dataset.views import WHOLE, apply_view
 from crism_mlops.errors import EvaluationError
@@ -23,6 +22,7 @@ from crism_mlops.evaluation.carbonate import count
 from crism_mlops.evaluation.inference import clusters_of
 from crism_mlops.evaluation.metrics import METRICS, PROTOCOLS, Protocol, score_scenes
 from crism_mlops.evaluation.scores import ScoreTable
+from crism_mlops.scenes.scene import Scene
 
 log = logging.getLogger(__name__)
 
@@ -89,22 +89,20 @@ def predict_images(
 def predict_pairs(
     model: Model,
     pairs: Sequence[Pair],
-    template: str,
+    prompt: Callable[[Scene], str],
     config: EvaluateConfig,
     resolution: int,
     prompts: Sequence[str] | None = None,
 ) -> Predicted:
-    """`predict_images` for scenes, a chunk of them in memory: prompts from their metadata (or as given),
-    noise from their ids."""
+    """`predict_images` for scenes, a chunk of them in memory: prompts from their metadata (or `prompts` as
+    given), noise from their ids."""
     images: list[NDArray[np.float32]] = []
     spreads: list[NDArray[np.float32]] = []
     draw_rmse: list[tuple[float, ...]] = []
     halves: list[NDArray[np.float32]] = []
     for start in range(0, len(pairs), config.chunk):
         part = pairs[start : start + config.chunk]
-        words = (
-            [scene_prompt(template, p.scene) for p in part] if prompts is None else prompts[start : start + len(part)]
-        )
+        words = [prompt(p.scene) for p in part] if prompts is None else prompts[start : start + len(part)]
         draws = [
             predict_images(
                 model,
@@ -236,6 +234,7 @@ def round_trips(model: Any, pairs: Sequence[Pair], resolution: int) -> Predicted
     outputs = []
     for pair in pairs:
         image, _ = apply_view(pair.truth, pair.scene.valid, WHOLE, resolution)
-        decoded = tf.resize(model.round_trip(image[None])[0], list(pair.truth.shape[:2]), antialias=True)
+        seen, _ = apply_view(pair.image, pair.scene.valid, WHOLE, resolution)
+        decoded = tf.resize(model.round_trip(image[None], seen[None])[0], list(pair.truth.shape[:2]), antialias=True)
         outputs.append(((decoded + 1.0) / 2.0).clamp(0.0, 1.0).permute(1, 2, 0).contiguous().numpy())
     return Predicted(outputs)

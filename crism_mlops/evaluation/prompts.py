@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from crism_mlops.dataset.manifest import Manifest, Pair
-from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.split import region_name
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.carbonate import BINS, Counts
 from crism_mlops.evaluation.evaluate import Predicted, score_pairs
 from crism_mlops.evaluation.inference import Difference, Interval
 from crism_mlops.evaluation.scores import ScoreTable, compared
+from crism_mlops.scenes.scene import Scene
 
 WAYS = ("right", "shuffled", "blank")
 FLOOR = "region's share"
@@ -34,7 +34,7 @@ class PromptScores:
 
 def prompt_scores(
     predicted: Callable[[Sequence[str]], Predicted],
-    template: str,
+    prompt: Callable[[Scene], str],
     pairs: Sequence[Pair],
     manifest: Manifest,
     device: str = "cpu",
@@ -46,7 +46,7 @@ def prompt_scores(
     """
     if len(pairs) < 2:
         raise EvaluationError(f"{len(pairs)} scene: prompts can be shuffled between two scenes or more")
-    right = [scene_prompt(template, pairs[i].scene) for i in range(len(pairs))]
+    right = [prompt(pairs[i].scene) for i in range(len(pairs))]
     order = np.random.default_rng(0).permutation(len(pairs))
     # One step along a shuffled circle: nobody keeps their own.
     shuffled = [""] * len(pairs)

@@ -7,6 +7,7 @@ Nothing is unpickled: a file of a pickle's kind in the folder is refused.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -21,6 +22,7 @@ from crism_mlops.dataset.variants import InputTransform
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
+from crism_mlops.models.residual import LinearResidual
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.filters import Filter, filters_digest
 
@@ -38,7 +40,8 @@ class Checkpoint:
     epoch and step it was taken at, its validation score, a digest of every other file, how
     carbonate is told from its predictions (None: of an older version, or nobody knows), and the
     filters that its bands were made through (empty: of an older version). seen: by split, the ids of
-    the observations that it was trained on ("train") and chosen by ("validation"); empty: of an older version."""
+    the observations that it was trained on ("train") and chosen by ("validation"); empty: of an older version.
+    residual: the linear floor that it predicts on top of."""
 
     config: RunConfig
     transform: InputTransform
@@ -50,6 +53,7 @@ class Checkpoint:
     carbonate: CarbonateRule | None = None
     filters: tuple[Filter, ...] = ()
     seen: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    residual: LinearResidual | None = None
 
 
 def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
@@ -77,8 +81,10 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
             "filters": [asdict(one) for one in checkpoint.filters],
             "filters_digest": filters_digest(checkpoint.filters),
             "seen": checkpoint.seen,
+            "residual": None if checkpoint.residual is None else asdict(checkpoint.residual),
         }
         (partial / CARD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        sync(partial)
         if folder.exists():
             folder.rename(previous)
         try:
@@ -121,6 +127,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             config, transform, str(content["data_digest"]), int(content["epoch"]), int(content["step"]),
             content["score"], dict(content["files"]), _rule(content.get("carbonate")), _filters(content),
             {str(part): tuple(map(str, ids)) for part, ids in content.get("seen", {}).items()},
+            None if content.get("residual") is None else LinearResidual(**_tuples(content["residual"])),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(f"{card}: damaged or of another version ({' '.join(str(error).split())[:160]})") from error
@@ -141,16 +148,16 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> tuple[UNet | InstructP
     checkpoint = read_checkpoint(folder)
     model: UNet | InstructPix2Pix
     if checkpoint.config.model.kind == "unet":
-        model = unet.load(folder, checkpoint.config.model, device)
+        model = unet.load(folder, checkpoint.config.model, device, checkpoint.residual)
     else:
-        model = instruct_pix2pix.load(folder, checkpoint.config.model, device)
+        model = instruct_pix2pix.load(folder, checkpoint.config.model, device, checkpoint.residual)
     for module in model.modules:
         module.eval().requires_grad_(False)
     return model, checkpoint
 
 
 def _transform(content: dict[str, Any]) -> InputTransform:
-    return InputTransform(**{name: _frozen(value) for name, value in content.items()})
+    return InputTransform(**_tuples(content))
 
 
 def _filters(content: dict[str, Any]) -> tuple[Filter, ...]:
@@ -164,11 +171,25 @@ def _filters(content: dict[str, Any]) -> tuple[Filter, ...]:
 
 
 def _rule(content: dict[str, Any] | None) -> CarbonateRule | None:
-    return None if content is None else CarbonateRule(**{name: _frozen(value) for name, value in content.items()})
+    return None if content is None else CarbonateRule(**_tuples(content))
+
+
+def _tuples(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: _frozen(value) for name, value in content.items()}
 
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def sync(folder: Path) -> None:
+    """All files of a folder on the disk itself, so that a name that is given afterwards never shows half of one."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _digest(path: Path) -> str:

@@ -12,33 +12,50 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.config import InstructPix2PixModel, ScratchUNet
+from crism_mlops.config import EngineConfig, InstructPix2PixModel, ScratchUNet, digest_of
 from crism_mlops.dataset.prompts import scene_prompt
-from crism_mlops.dataset.samples import Sample
+from crism_mlops.dataset.samples import Block, Sample, blocks_of
 from crism_mlops.errors import ModelError
-from crism_mlops.models.latents import LatentCache, Tensors, encode_distribution, round_trip, weights_digest
+from crism_mlops.models import lora
+from crism_mlops.models.latents import LatentCache, encode_distribution, round_trip, weights_digest
+from crism_mlops.models.residual import LinearResidual
+from crism_mlops.models.rows import Rows, Tensors
 from crism_mlops.models.sampling import sampling_scheduler
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-ENCODE_CHUNK = 16
+# Encoded at once: one image of 512 px, whose activations take about a GB, or 64 of 64 px.
+ENCODE_PIXELS = 512 * 512
 TINY = "tiny"
 GROUPS = 16  # of channels, in the group normalisation of a U-Net made here
 
 
 class InstructPix2Pix:
-    """The five parts of a diffusers pipeline folder and what training and sampling need of them."""
+    """The parts of a diffusers pipeline folder and what training and sampling need of them.
 
-    def __init__(self, parts: dict[str, Any], config: InstructPix2PixModel, device: str = "cpu") -> None:
+    `parts` may hold an `input_vae` beside the vae: the autoencoder of inputs that have not three channels.
+    With `residual` the target is what the linear floor leaves.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, Any],
+        config: InstructPix2PixModel,
+        device: str = "cpu",
+        residual: LinearResidual | None = None,
+    ) -> None:
         self.config = config
         self.vae = parts["vae"].to(device).eval().requires_grad_(False)
+        own = parts.get("input_vae")
+        self.input_vae = self.vae if own is None else own.to(device).eval().requires_grad_(False)
         self.unet = parts["unet"].to(device)
         self.text_encoder = parts["text_encoder"].to(device)
         self.tokenizer = parts["tokenizer"]
         self.scheduler = parts["scheduler"]
         self.device = device
+        self.residual = residual
         self.trains_text = config.text_encoder == "trained"
         self.text_encoder.requires_grad_(self.trains_text)
         from diffusers import DDPMScheduler
@@ -50,33 +67,106 @@ class InstructPix2Pix:
         """What is trained."""
         return [self.unet, self.text_encoder] if self.trains_text else [self.unet]
 
-    def prepare(self, samples: Sequence[Sample], cache: LatentCache | None = None, key: str = "") -> Tensors:
-        """The data set as the step needs it, tensors with one row a sample.
+    def parameter_groups(self, learning_rate: float, text_learning_rate: float | None) -> list[dict[str, Any]]:
+        """The trained weights with their learning rates, as an optimiser takes them."""
+        rates = [learning_rate, learning_rate if text_learning_rate is None else text_learning_rate]
+        return [
+            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+            for module, rate in zip(self.modules, rates, strict=False)
+        ]
 
-        condition, mean, std: latents N x 4 x r x r; weight: N x 1 x r x r, the share of a latent
-        pixel that shows data; tokens: N x 77 int64. `key` is the digest of the data set.
+    def configure(self, engine: EngineConfig) -> None:
+        """Make ready for training as the engine section says."""
+        if engine.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            if self.trains_text:
+                self.text_encoder.gradient_checkpointing_enable()
+
+    def prepare(self, samples: Sequence[Sample], cache: LatentCache | None = None) -> Rows:
+        """The data set as the step needs it, one row a sample.
+
+        condition, mean, std: latents 4 x r x r; weight: 1 x r x r, the share of a latent pixel that
+        shows data; text: hidden states 77 x D of the prompt, or tokens: 77 int64 where the text
+        encoder is trained. What is computed of stored samples is kept in the cache's store.
         """
-        cache = cache or LatentCache()
-        latents = cache.get(f"{key} {weights_digest(self.vae)}", lambda: self._encode(samples))
-        prompts = [scene_prompt(self.config.prompt, s.scene) for s in samples]
-        return {**latents, "tokens": self.tokenize(prompts)}
-
-    def _encode(self, samples: Sequence[Sample]) -> Tensors:
         import torch
 
-        rows: dict[str, list[torch.Tensor]] = {"condition": [], "mean": [], "std": [], "weight": []}
+        cache = cache or LatentCache()
+        vaes = [weights_digest(self.input_vae), weights_digest(self.vae)]
+        blocks: list[Tensors] = []
+        labels, prompts = [], []
+        for block in blocks_of(samples):
+            blocks.append(self._latents(block, cache, vaes))
+            prompts += [scene_prompt(self.config, block.scene)] * len(block.views)
+            labels += [block.scene.observation_id] * len(block.views)
+        unique = list(dict.fromkeys(prompts))
+        tokens = self.tokenize(unique)
+        # One table for all rows: a study has a prompt a scene at most.
+        row_of = torch.tensor([unique.index(p) for p in prompts])
+        name = "tokens" if self.trains_text else "text"
+        start = 0
+        for tensors in blocks:
+            count = len(tensors["mean"])
+            tensors[f"{name}_row"] = row_of[start : start + count]
+            start += count
+        if self.trains_text:
+            log.info("prompt embeddings are not cached: the text encoder is trained, so they change with every step")
+            return Rows(blocks, labels, {"tokens": tokens})
+        return Rows(blocks, labels, {"text": self._embeddings(tokens, cache)})
+
+    def _latents(self, block: Block, cache: LatentCache, vaes: Sequence[str]) -> Tensors:
+        """A scene's latents: of its inputs, and of its targets, which input variants share."""
+        import torch
+
+        def key(*parts: object) -> str | None:
+            return None if block.input_digest is None else digest_of([str(p) for p in parts])
+
+        def condition() -> Tensors:
+            return {"condition": self._encode(self.input_vae, block.tensors["input"])[0]}
+
+        def target() -> Tensors:
+            images = block.tensors["target"]
+            if self.residual is not None:
+                images = self.residual.encode(block.tensors["input"], images)
+            mean, std = self._encode(self.vae, images)
+            valid = block.tensors["valid"].float()[:, None]
+            weight = torch.nn.functional.adaptive_avg_pool2d(valid, (mean.shape[-2], mean.shape[-1]))
+            return {"mean": mean, "std": std, "weight": weight}
+
+        of_target: list[object] = [vaes[1], block.target_digest]
+        if self.residual is not None:
+            of_target += [block.input_digest, self.residual]
+        return {
+            **cache.get("latents", key("input", vaes[0], block.input_digest), condition),
+            **cache.get("latents", key("target", *of_target), target),
+        }
+
+    def _encode(self, vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of latents N x 4 x r x r, on the CPU, a few images at a time."""
+        import torch
+
+        size = max(1, ENCODE_PIXELS // (images.shape[-1] * images.shape[-2]))
         with torch.inference_mode():
-            for start in range(0, len(samples), ENCODE_CHUNK):
-                part = samples[start : start + ENCODE_CHUNK]
-                condition, _ = encode_distribution(self.vae, torch.stack([s.input for s in part]).to(self.device))
-                mean, std = encode_distribution(self.vae, torch.stack([s.target for s in part]).to(self.device))
-                valid = torch.stack([s.valid for s in part]).float()[:, None]
-                rows["condition"].append(condition.cpu())
-                rows["mean"].append(mean.cpu())
-                rows["std"].append(std.cpu())
-                rows["weight"].append(torch.nn.functional.adaptive_avg_pool2d(valid, (mean.shape[-2], mean.shape[-1])))
+            parts = [encode_distribution(vae, part.to(self.device)) for part in images.split(size)]
+            mean, std = (torch.cat([t.float().cpu() for t in tensors]) for tensors in zip(*parts, strict=True))
         # Leaving inference mode: a clone is an ordinary tensor that autograd may read.
-        return {name: torch.cat(tensors).clone() for name, tensors in rows.items()}
+        return mean.clone(), std.clone()
+
+    def _embeddings(self, tokens: torch.Tensor, cache: LatentCache) -> torch.Tensor:
+        """Hidden states of prompts U x 77 -> U x 77 x D, on the CPU, each prompt encoded by itself."""
+        import torch
+
+        encoder = weights_digest(self.text_encoder)
+
+        def embed(row: torch.Tensor) -> torch.Tensor:
+            def compute() -> Tensors:
+                with torch.inference_mode():
+                    state = self.text_encoder(row[None].to(self.device))[0][0].float().cpu()
+                return {"text": state.clone()}
+
+            return cache.get("prompts", digest_of([encoder, row.tolist()]), compute)["text"]
+
+        return torch.stack([embed(row) for row in tokens])
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Token ids N x 77 int64. Raises ModelError for a prompt that would be cut off."""
@@ -91,34 +181,46 @@ class InstructPix2Pix:
         ).input_ids
         return ids  # type: ignore[no-any-return]
 
-    def loss(self, batch: Tensors, generator: torch.Generator) -> torch.Tensor:
-        """Mean squared error of the denoiser on latent pixels that show data; a scalar.
+    def draw(self, batch: Tensors, generator: torch.Generator) -> Tensors:
+        """The batch with everything random that its loss depends on, so that it may be split afterwards.
 
-        `generator` (CPU) draws everything random, so that a step can be repeated.
+        `generator` (CPU) draws all of it, so that a step can be repeated.
         """
         import torch
 
-        count = batch["mean"].shape[0]
+        count, shape = batch["mean"].shape[0], tuple(batch["mean"].shape)
 
-        def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        def normal(shape: tuple[int, ...]) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(self.device)
 
-        shape = tuple(batch["mean"].shape)
-        latents = (batch["mean"] + batch["std"] * draw(shape)) * self.vae.config.scaling_factor
-        noise = draw(shape)
+        drawn = {"sampled": normal(shape), "noise": normal(shape)}
         steps = self._noise.config.num_train_timesteps
-        timesteps = torch.randint(0, steps, (count,), generator=generator).to(self.device)
-        noisy = self._noise.add_noise(latents, noise, timesteps)
+        drawn["timesteps"] = torch.randint(0, steps, (count,), generator=generator).to(self.device)
         # Brooks et al. 2023, section 3.2.1: 5 % without text, 5 % without both, 5 % without image.
         rate = self.config.conditioning_dropout
         chance = torch.rand(count, generator=generator).to(self.device)
-        no_text = (chance < 2 * rate)[:, None]
-        no_image = ((chance >= rate) & (chance < 3 * rate))[:, None, None, None]
-        tokens = torch.where(no_text, self.tokenize([""]).to(self.device), batch["tokens"])
-        condition = torch.where(no_image, 0.0, batch["condition"])
-        output = self.unet(
-            torch.cat([noisy, condition], dim=1), timesteps, encoder_hidden_states=self._embed(tokens)
-        ).sample
+        drawn["no_text"] = chance < 2 * rate
+        drawn["no_image"] = (chance >= rate) & (chance < 3 * rate)
+        if self.config.noise_offset:
+            offset = normal((*shape[:2], 1, 1))
+            drawn["noise"] = drawn["noise"] + self.config.noise_offset * offset
+        return {**batch, **drawn}
+
+    def errors(self, batch: Tensors) -> torch.Tensor:
+        """Sum of the denoiser's squared errors over latent pixels that show data, of a drawn batch; a scalar."""
+        import torch
+
+        latents = (batch["mean"] + batch["std"] * batch["sampled"]) * self.vae.config.scaling_factor
+        noise, timesteps = batch["noise"], batch["timesteps"]
+        noisy = self._noise.add_noise(latents, noise, timesteps)
+        condition = torch.where(batch["no_image"][:, None, None, None], 0.0, batch["condition"])
+        no_text = batch["no_text"]
+        if self.trains_text:
+            tokens = torch.where(no_text[:, None], self.tokenize([""]).to(self.device), batch["tokens"])
+            text = self._embed(tokens)
+        else:
+            text = torch.where(no_text[:, None, None], self._blank(), batch["text"])
+        output = self.unet(torch.cat([noisy, condition], dim=1), timesteps, encoder_hidden_states=text).sample
         kind = self._noise.config.prediction_type
         if kind == "sample":
             wanted = latents
@@ -126,10 +228,42 @@ class InstructPix2Pix:
             wanted = self._noise.get_velocity(latents, noise, timesteps)
         else:
             wanted = noise
-        weight = batch["weight"]
-        squares = (output.float() - wanted.float()) ** 2 * weight
-        mean: torch.Tensor = squares.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
-        return mean
+        squares = (output.float() - wanted.float()) ** 2 * batch["weight"]
+        if self.config.snr_gamma is not None:
+            squares = squares * self._snr_weight(timesteps)[:, None, None, None]
+        total: torch.Tensor = squares.sum()
+        return total
+
+    def _snr_weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Weight of a sample's loss by its signal-to-noise ratio (Hang et al. 2023, eq. 8 and section 3.4):
+        min(SNR, gamma) for x0, over SNR for epsilon, over SNR + 1 for v."""
+        from diffusers.training_utils import compute_snr
+
+        snr = compute_snr(self._noise, timesteps)
+        limited = snr.clamp_max(self.config.snr_gamma)
+        kind = self._noise.config.prediction_type
+        if kind == "epsilon":
+            return limited / snr  # type: ignore[no-any-return]
+        return limited / (snr + 1.0) if kind == "v_prediction" else limited  # type: ignore[no-any-return]
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        """Over how many values `errors` sums; a scalar."""
+        return batch["weight"].sum() * batch["mean"].shape[1]
+
+    def loss(self, batch: Tensors, generator: torch.Generator) -> torch.Tensor:
+        """Mean squared error of the denoiser on latent pixels that show data; a scalar."""
+        drawn = self.draw(batch, generator)
+        return self.errors(drawn) / self.count(drawn).clamp_min(1.0)
+
+    def _blank(self) -> torch.Tensor:
+        """Hidden states 77 x D of no prompt; computed once, as the text encoder is frozen."""
+        import torch
+
+        if not hasattr(self, "_no_prompt"):
+            with torch.inference_mode():
+                states = self.text_encoder(self.tokenize([""]).to(self.device))[0][0]
+            self._no_prompt: torch.Tensor = states.clone()
+        return self._no_prompt
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states N x 77 x D; each different prompt goes through the encoder once."""
@@ -147,7 +281,7 @@ class InstructPix2Pix:
         return torch.cat([states[p] for p in prompts])
 
     def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
-        """N x 3 x R x R in [-1, 1] -> prediction of the same shape, on the CPU.
+        """N x C x R x R in [-1, 1] -> prediction N x 3 x R x R, on the CPU.
 
         Each image has its own noise seed, so that a prediction does not depend on its neighbours.
         Guidance (Brooks et al. 2023, eq. 3): e(0,0) + s_I (e(I,0) - e(0,0)) + s_T (e(I,T) - e(I,0));
@@ -158,14 +292,15 @@ class InstructPix2Pix:
         image_scale, text_scale = self.config.image_guidance, self.config.text_guidance
         scheduler = sampling_scheduler(self.config.sampler, self.scheduler.config, self.config.steps)
         with torch.inference_mode():
-            condition, _ = encode_distribution(self.vae, images.to(self.device))
+            condition, _ = encode_distribution(self.input_vae, images.to(self.device))
             text, no_text = self._embed_alone(prompts), self._embed_alone([""] * len(prompts))
             passes = [
                 (1.0 - image_scale, torch.zeros_like(condition), no_text),
                 (image_scale - text_scale, condition, no_text),
                 (text_scale, condition, text),
             ]
-            noise = [torch.randn(condition.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+            shape = (self.vae.config.latent_channels, *condition.shape[2:])
+            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
             latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
                 scaled = scheduler.scale_model_input(latents, t)
@@ -176,50 +311,109 @@ class InstructPix2Pix:
                         guided += factor * self.unet(stacked, t, encoder_hidden_states=words).sample
                 latents = scheduler.step(guided, t, latents).prev_sample
             decoded = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-            return decoded.clamp(-1.0, 1.0).float().cpu()  # type: ignore[no-any-return]
+            decoded = decoded.clamp(-1.0, 1.0).float().cpu()
+            return decoded if self.residual is None else self.residual.decode(images, decoded)
 
-    def round_trip(self, images: torch.Tensor) -> torch.Tensor:
-        """The autoencoder's reconstruction of N x 3 x R x R images in [-1, 1]: the ceiling."""
+    def round_trip(self, targets: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
+        """The autoencoder's reconstruction of targets N x 3 x R x R in [-1, 1]: the ceiling.
+
+        images: the inputs N x C x R x R, which a model on top of the linear floor needs.
+        """
         import torch
 
         with torch.inference_mode():
-            return round_trip(self.vae, images.to(self.device)).float().cpu()
+            if self.residual is None or images is None:
+                return round_trip(self.vae, targets.to(self.device)).float().cpu()
+            left = round_trip(self.vae, self.residual.encode(images, targets).to(self.device)).float().cpu()
+            return self.residual.decode(images, left)
 
     def save(self, folder: Path) -> None:
-        """Write a pipeline folder that StableDiffusionInstructPix2PixPipeline.from_pretrained loads."""
-        pipeline(
-            vae=self.vae,
-            unet=self.unet,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            scheduler=self.scheduler,
-        ).save_pretrained(folder, safe_serialization=True)
+        """Write a pipeline folder that StableDiffusionInstructPix2PixPipeline.from_pretrained loads
+        (BandsInstructPix2PixPipeline where the input has an autoencoder of its own). Adapters are merged
+        into the weights that they adapt."""
+        parts = {"unet": lora.merged(self.unet), "text_encoder": lora.merged(self.text_encoder)}
+        if self.input_vae is not self.vae:
+            parts["input_vae"] = self.input_vae
+        pipeline(vae=self.vae, tokenizer=self.tokenizer, scheduler=self.scheduler, **parts).save_pretrained(
+            folder, safe_serialization=True
+        )
 
 
 def pipeline(**parts: Any) -> Any:
     """The parts as a diffusers pipeline without a safety checker."""
-    from diffusers import StableDiffusionInstructPix2PixPipeline
-
-    return StableDiffusionInstructPix2PixPipeline(
+    return _pipeline_class("input_vae" in parts)(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
 
 
-def build(config: InstructPix2PixModel, seed: int, device: str = "cpu") -> InstructPix2Pix:
-    """The model that a trial starts from. Raises ModelError where weights cannot be had."""
+def _pipeline_class(own_input: bool) -> Any:
+    if own_input:
+        from crism_mlops.models.pipeline import BandsInstructPix2PixPipeline
+
+        return BandsInstructPix2PixPipeline
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    return StableDiffusionInstructPix2PixPipeline
+
+
+def build(
+    config: InstructPix2PixModel,
+    seed: int,
+    device: str = "cpu",
+    channels: int = 3,
+    residual: LinearResidual | None = None,
+) -> InstructPix2Pix:
+    """The model that a trial starts from; `channels` of its input. Raises ModelError where weights cannot be had."""
     parts = _load_parts(str(tiny_folder()) if config.pretrained == TINY else config.pretrained)
+    if config.vae is not None and config.scratch_unet is not None:
+        parts["vae"] = _load_autoencoder("vae", config.vae, 3)
+    if channels != 3:
+        # The configuration requires it for such a variant.
+        assert config.input_vae is not None
+        parts["input_vae"] = _load_autoencoder("input_vae", config.input_vae, channels)
     if config.scratch_unet is not None:
-        if config.vae is not None:
-            parts["vae"] = _load_autoencoder(Path(config.vae))
         parts["unet"] = scratch_unet(config.scratch_unet, parts, seed)
-    return InstructPix2Pix(parts, config, device)
+    latents = [parts.get("input_vae", parts["vae"]).config.latent_channels, parts["vae"].config.latent_channels]
+    if (found := parts["unet"].config.in_channels) != sum(latents):
+        raise ModelError(
+            f"the U-Net has {found} input channels, the autoencoders of input and target make {latents[0]} + "
+            f"{latents[1]}; use autoencoders that fit it, or set model.scratch_unet"
+        )
+    settings = {"prediction_type": config.prediction, "rescale_betas_zero_snr": config.zero_terminal_snr}
+    changed = {k: v for k, v in settings.items() if v is not None and v != getattr(parts["scheduler"].config, k, None)}
+    if changed:
+        parts["scheduler"] = _rescheduled(parts["scheduler"], changed)
+    if config.lora is not None:
+        lora.adapt(parts["unet"], config.lora, seed)
+    model = InstructPix2Pix(parts, config, device, residual)
+    if config.lora is not None and model.trains_text:
+        lora.adapt(model.text_encoder, config.lora, seed + 1)
+    return model
 
 
-def load(folder: Path, config: InstructPix2PixModel, device: str = "cpu") -> InstructPix2Pix:
+def _rescheduled(scheduler: Any, settings: dict[str, Any]) -> Any:
+    """The scheduler with other settings. Raises ModelError for a prediction that its noise does not allow."""
+    from diffusers import DDIMScheduler
+
+    # Pipelines that were published with another solver's class have settings that DDIM's shares.
+    made = DDIMScheduler.from_config(scheduler.config, **settings)
+    if made.config.rescale_betas_zero_snr:
+        made = DDIMScheduler.from_config(made.config, timestep_spacing="trailing")
+        if made.config.prediction_type == "epsilon":
+            raise ModelError(
+                "epsilon is predicted with zero terminal SNR: of pure noise, the noise says nothing of the image; set "
+                "model.prediction to v_prediction or sample, or model.zero_terminal_snr to false"
+            )
+    return made
+
+
+def load(
+    folder: Path, config: InstructPix2PixModel, device: str = "cpu", residual: LinearResidual | None = None
+) -> InstructPix2Pix:
     """A model from a checkpoint's pipeline folder."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give the folder of a saved pipeline")
-    return InstructPix2Pix(_load_parts(str(folder)), config, device)
+    return InstructPix2Pix(_load_parts(str(folder)), config, device, residual)
 
 
 def tiny_folder() -> Path:
@@ -229,14 +423,13 @@ def tiny_folder() -> Path:
 
 def _load_parts(source: str) -> dict[str, Any]:
     import torch
-    from diffusers import StableDiffusionInstructPix2PixPipeline
 
     folder = Path(source).expanduser()
     local = folder.is_dir()
     if not local and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         raise ModelError(f"model.pretrained: no folder {source!r}; give one in diffusers layout, or use tiny")
     try:
-        loaded = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        loaded = _pipeline_class(local and (folder / "input_vae").is_dir()).from_pretrained(
             str(folder) if local else source,
             dtype=torch.float32,
             use_safetensors=True,
@@ -257,12 +450,14 @@ def _load_parts(source: str) -> dict[str, Any]:
             "it elsewhere and give its folder with --set model.pretrained=FOLDER, or use model.pretrained=tiny"
         ) from error
     channels = loaded.unet.config.in_channels
-    if channels != 8:
+    if channels == loaded.vae.config.latent_channels:
         raise ModelError(
             f"model.pretrained: {source!r} has a U-Net of {channels} input channels; InstructPix2Pix has 8: give one"
         )
     # A shipped file may be half precision; everything computes in single precision here.
+    own = {"input_vae": loaded.input_vae.float()} if hasattr(loaded, "input_vae") else {}
     return {
+        **own,
         "vae": loaded.vae.float(),
         "unet": loaded.unet.float(),
         "text_encoder": loaded.text_encoder.float(),
@@ -271,22 +466,28 @@ def _load_parts(source: str) -> dict[str, Any]:
     }
 
 
-def _load_autoencoder(folder: Path) -> Any:
+def _load_autoencoder(key: str, place: str, channels: int) -> Any:
+    """An autoencoder in diffusers layout that model.KEY names."""
     import json
 
     import diffusers
     from safetensors import SafetensorError
 
-    folder = folder.expanduser()
+    folder = Path(place).expanduser()
     try:
         kind = json.loads((folder / "config.json").read_text())["_class_name"]
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ModelError(f"model.vae: {folder} holds a {kind}; expected AutoencoderKL or AutoencoderTiny")
-        return getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True).float()
+            raise ModelError(f"model.{key}: {folder} holds a {kind}; expected AutoencoderKL or AutoencoderTiny")
+        loaded = getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True).float()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"model.vae: {folder} is not an autoencoder in diffusers layout ({' '.join(str(error).split())[:120]})"
+            f"model.{key}: {folder} is not an autoencoder in diffusers layout ({' '.join(str(error).split())[:120]})"
         ) from error
+    if loaded.config.in_channels != channels:
+        raise ModelError(
+            f"model.{key}: {folder} encodes images of {loaded.config.in_channels} channels, expected {channels}"
+        )
+    return loaded
 
 
 def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
@@ -305,7 +506,7 @@ def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
         torch.manual_seed(seed)
         return UNet2DConditionModel(
             sample_size=32,
-            in_channels=2 * latent,
+            in_channels=latent + parts.get("input_vae", parts["vae"]).config.latent_channels,
             out_channels=latent,
             block_out_channels=widths,
             layers_per_block=config.layers_per_block,
@@ -313,7 +514,6 @@ def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
             down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)),
             up_block_types=(*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"),
             cross_attention_dim=parts["text_encoder"].config.hidden_size,
-            # diffusers reads this as the number of heads, whatever it is called.
             # diffusers' name for the number of heads.
             attention_head_dim=config.attention_heads,
             norm_num_groups=GROUPS,

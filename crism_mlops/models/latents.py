@@ -1,15 +1,18 @@
-"""The autoencoder's latents, computed once for a data set and shared by the trials of a process."""
+"""Latents and prompt embeddings, computed once and kept in the store for every trial and process."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from crism_mlops.models.rows import Tensors
+from crism_mlops.scenes.store import Store, map_tensors, read_facts, write_arrays
 
 if TYPE_CHECKING:
     import torch
-
-Tensors = dict[str, "torch.Tensor"]
 
 
 def encode_distribution(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,27 +39,55 @@ def weights_digest(module: torch.nn.Module) -> str:
     content = blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        content.update(tensor.detach().cpu().contiguous().numpy().data)
     return content.hexdigest()
 
 
 class LatentCache:
-    """In-memory cache of encoded data sets; a study makes one and hands it to its trials."""
+    """Tensors by the digest of all that they were computed from, in the store: safetensors, mapped into
+    memory. Without a store nothing is kept. Counts what it was asked for; a trial has one of its own."""
 
-    def __init__(self, entries: int = 8) -> None:
-        self._entries = entries
-        self._store: dict[str, Tensors] = {}
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store
         self.hits = 0
         self.misses = 0
+        self.bytes = 0
+        self.seconds_saved = 0.0
 
-    def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The tensors under `key`, computed on the first call; the oldest entry makes room."""
-        if key in self._store:
-            self.hits += 1
-            return self._store[key]
-        self.misses += 1
-        tensors = compute()
-        while len(self._store) >= self._entries:
-            del self._store[next(iter(self._store))]
-        self._store[key] = tensors
+    def get(self, folder: str, digest: str | None, compute: Callable[[], Tensors]) -> Tensors:
+        """The tensors under a digest, computed where they are not there yet; None: not kept.
+
+        Of several processes one computes them and the others wait for it. Raises StoreError if they
+        cannot be written, or are damaged.
+        """
+        computed: Tensors | None = None
+
+        def write(path: Path) -> None:
+            nonlocal computed
+            begun = time.monotonic()
+            computed = compute()
+            seconds = time.monotonic() - begun
+            write_arrays(path, {n: t.numpy() for n, t in computed.items()}, {"seconds": f"{seconds:.6f}"})
+
+        if self._store is None or digest is None:
+            self.misses += 1
+            return compute()
+        name = f"{folder}/{digest[:2]}/{digest}.safetensors"
+        self._store.put(name, write)
+        with self._store.reading(name) as path:
+            tensors = map_tensors(path)
+            if computed is None:
+                self.hits += 1
+                self.seconds_saved += float(read_facts(path)["seconds"])
+        self.misses += computed is not None
+        self.bytes += sum(t.nbytes for t in tensors.values())
         return tensors
+
+    def figures(self) -> dict[str, float]:
+        """What a run logs of it."""
+        return {
+            "cost/cache_hits": float(self.hits),
+            "cost/cache_misses": float(self.misses),
+            "cost/cache_bytes": float(self.bytes),
+            "cost/cache_seconds_saved": self.seconds_saved,
+        }

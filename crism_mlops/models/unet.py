@@ -7,43 +7,89 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.config import UNetModel
-from crism_mlops.dataset.samples import Sample
+from crism_mlops.config import EngineConfig, UNetModel
+from crism_mlops.dataset.samples import Sample, blocks_of
 from crism_mlops.errors import ModelError
-from crism_mlops.models.latents import LatentCache, Tensors
+from crism_mlops.models.latents import LatentCache
+from crism_mlops.models.residual import LinearResidual
+from crism_mlops.models.rows import Rows, Tensors
 
 if TYPE_CHECKING:
     import torch
 
 
-class UNet:
-    """Image to image regression; the loss counts pixels that show data."""
+# Beyond this error (in units of [-1, 1]) Huber's loss grows as the error does, below as its square.
+HUBER_DELTA = 0.1
 
-    def __init__(self, module: Any, config: UNetModel, device: str = "cpu") -> None:
+
+class UNet:
+    """Image to image regression; the loss counts pixels that show data. With `residual` the network
+    predicts what the linear floor leaves."""
+
+    def __init__(
+        self, module: Any, config: UNetModel, device: str = "cpu", residual: LinearResidual | None = None
+    ) -> None:
         # A new module is in training mode; normalised by the batch, a prediction would depend on its neighbours.
         self.module = module.to(device).eval()
         self.config = config
         self.device = device
+        self.residual = residual
 
     @property
     def modules(self) -> list[torch.nn.Module]:
         """What is trained."""
         return [self.module]
 
-    def prepare(self, samples: Sequence[Sample], cache: LatentCache | None = None, key: str = "") -> Tensors:
-        """input N x C x R x R, target N x 3 x R x R, weight N x 1 x R x R (1 where there is data)."""
-        import torch
+    def parameter_groups(self, learning_rate: float, text_learning_rate: float | None) -> list[dict[str, Any]]:
+        """The trained weights with their learning rate, as an optimiser takes them."""
+        return [{"params": [p for p in self.module.parameters() if p.requires_grad], "lr": learning_rate}]
 
-        return {
-            "input": torch.stack([s.input for s in samples]),
-            "target": torch.stack([s.target for s in samples]),
-            "weight": torch.stack([s.valid for s in samples]).float()[:, None],
-        }
+    def configure(self, engine: EngineConfig) -> None:
+        """Make ready for training as the engine section says."""
+        if engine.gradient_checkpointing:
+            raise ModelError(
+                "engine.gradient_checkpointing: a U-Net of segmentation_models_pytorch has none; lower "
+                "engine.micro_batch where memory is short"
+            )
+
+    def prepare(self, samples: Sequence[Sample], cache: LatentCache | None = None) -> Rows:
+        """input C x R x R, target 3 x R x R, weight 1 x R x R bool (where there is data), one row a sample."""
+        blocks: list[Tensors] = []
+        labels = []
+        for block in blocks_of(samples):
+            of = block.tensors
+            blocks.append({"input": of["input"], "target": of["target"], "weight": of["valid"][:, None]})
+            labels += [block.scene.observation_id] * len(block.views)
+        return Rows(blocks, labels)
+
+    def draw(self, batch: Tensors, generator: torch.Generator) -> Tensors:
+        """The batch: nothing in the loss is random."""
+        return batch
+
+    def errors(self, batch: Tensors) -> torch.Tensor:
+        """Sum of the loss over the pixels that show data, in units of the image's [-1, 1]; a scalar."""
+        import torch.nn.functional as F
+
+        output = self._output(batch["input"]).float()
+        if self.config.loss == "l1":
+            losses = F.l1_loss(output, batch["target"], reduction="none")
+        elif self.config.loss == "huber":
+            losses = F.huber_loss(output, batch["target"], reduction="none", delta=HUBER_DELTA)
+        else:
+            losses = F.mse_loss(output, batch["target"], reduction="none")
+        return (losses * batch["weight"]).sum()
+
+    def count(self, batch: Tensors) -> torch.Tensor:
+        """Over how many values `errors` sums; a scalar."""
+        return batch["weight"].sum().float() * batch["target"].shape[1]
 
     def loss(self, batch: Tensors, generator: torch.Generator) -> torch.Tensor:
-        """Mean squared error over the pixels that show data; a scalar, in units of the image's [-1, 1]."""
+        """Mean loss over the pixels that show data; a scalar."""
+        return self.errors(batch) / self.count(batch).clamp_min(1.0)
+
+    def _output(self, images: torch.Tensor) -> torch.Tensor:
         try:
-            output = self.module(batch["input"])
+            output: torch.Tensor = self.module(images)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -51,24 +97,23 @@ class UNet:
                 "a batch of one image is a single pixel at the U-Net's deepest level, and batch normalisation "
                 "needs two; set train.batch_size to 2 or more (with more than one sample) or raise data.resolution"
             ) from error
-        weight = batch["weight"]
-        squares = (output.float() - batch["target"]) ** 2 * weight
-        mean: torch.Tensor = squares.sum() / (weight.sum() * output.shape[1]).clamp_min(1.0)
-        return mean
+        return output if self.residual is None else self.residual.floor(images) + output
 
     def predict(self, images: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
         """N x C x R x R in [-1, 1] -> N x 3 x R x R in [-1, 1], on the CPU; prompts and seeds play no part."""
         import torch
 
         with torch.inference_mode():
-            return self.module(images.to(self.device)).clamp(-1.0, 1.0).float().cpu()  # type: ignore[no-any-return]
+            return self._output(images.to(self.device)).clamp(-1.0, 1.0).float().cpu()
 
     def save(self, folder: Path) -> None:
         """config.json and model.safetensors, as smp.from_pretrained reads them."""
         self.module.save_pretrained(folder)
 
 
-def build(config: UNetModel, channels: int, seed: int, device: str = "cpu") -> UNet:
+def build(
+    config: UNetModel, channels: int, seed: int, device: str = "cpu", residual: LinearResidual | None = None
+) -> UNet:
     """The model that a trial starts from. Raises ModelError where weights cannot be had."""
     import segmentation_models_pytorch as smp
     import torch
@@ -97,10 +142,10 @@ def build(config: UNetModel, channels: int, seed: int, device: str = "cpu") -> U
                 f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); put them into the hub's cache "
                 "(HF_HOME), or train from scratch with --set model.encoder_weights=null"
             ) from error
-    return UNet(module, config, device)
+    return UNet(module, config, device, residual)
 
 
-def load(folder: Path, config: UNetModel, device: str = "cpu") -> UNet:
+def load(folder: Path, config: UNetModel, device: str = "cpu", residual: LinearResidual | None = None) -> UNet:
     """A model from a checkpoint folder."""
     import segmentation_models_pytorch as smp
     from safetensors import SafetensorError
@@ -114,4 +159,4 @@ def load(folder: Path, config: UNetModel, device: str = "cpu") -> UNet:
         module.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: not a saved U-Net ({' '.join(str(error).split())[:120]})") from error
-    return UNet(module, config, device)
+    return UNet(module, config, device, residual)

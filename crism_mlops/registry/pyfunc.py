@@ -39,10 +39,12 @@ class ServedModel(PythonModel):
 
         images = checked(model_input)
         config, given = self.checkpoint.config, params or {}
-        template = config.model.prompt if config.model.kind == "instruct_pix2pix" else ""
-        prompt = given.get("prompt") or render(
-            template, given.get("longitude"), given.get("latitude"), given.get("location")
-        )
+        prompt = given.get("prompt") or ""
+        if config.model.kind == "instruct_pix2pix" and not prompt:
+            prompt = render(
+                config.model.prompt, given.get("longitude"), given.get("latitude"), given.get("location"),
+                config.model.prompt_decimals, config.model.prompt_fallback,
+            )  # fmt: skip
         seed = given.get("seed")
         seed = config.evaluate.seed if seed is None else int(seed)
         if not 0 <= seed < 2**63:

@@ -9,9 +9,8 @@ from crism_mlops.config import RunConfig, Variant
 from crism_mlops.dataset.manifest import Manifest, Pair
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import Predicted, round_trips
-from crism_mlops.models import instruct_pix2pix
 from crism_mlops.models.floors import CopyFloor, Floor, fit_boosted, fit_linear, fit_mean
-from crism_mlops.studies.run import Predict, log_test, log_validation, resolve_device
+from crism_mlops.studies.run import Predict, build_model, log_test, log_validation, resolve_device
 from crism_mlops.tracking import Kind, Tracker
 
 FLOORS = ("copy", "mean", "linear", "boosted")
@@ -79,5 +78,5 @@ def floor_predictor(name: str, config: RunConfig, manifest: Manifest) -> Predict
         raise EvaluationError(f"no floor {name!r}; expected {', '.join((*FLOORS, CEILING))}")
     if config.model.kind != "instruct_pix2pix":
         raise EvaluationError("a U-Net has no autoencoder to make a round trip through; give an InstructPix2Pix sweep")
-    model = instruct_pix2pix.build(config.model, config.seed, resolve_device(config.device))
+    model = build_model(config, manifest, resolve_device(config.device))
     return lambda pairs: round_trips(model, pairs, config.data.resolution)

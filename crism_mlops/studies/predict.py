@@ -273,7 +273,7 @@ def _tags(checkpoint: Checkpoint, scene: Scene, physical: bool) -> dict[str, str
         "software": f"crism-mlops {__version__}",
     }
     if config.model.kind == "instruct_pix2pix":
-        tags["prompt"] = scene_prompt(config.model.prompt, scene)
+        tags["prompt"] = scene_prompt(config.model, scene)
     return {f"crism.{name}": value for name, value in tags.items()}
 
 

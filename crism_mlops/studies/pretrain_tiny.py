@@ -67,7 +67,9 @@ class Images:
         self.inputs = torch.stack([tensor([t.image(s) for s in scenes]) for t in transforms])
         self.targets = tensor([target_image(s, "fal", "physical") for s in scenes])
         self.valid = torch.from_numpy(np.stack([s.valid for s in scenes])).float()[:, None]
-        self.prompts = [[scene_prompt(p, s) for p in PROMPTS] for s in scenes]
+        self.prompts = [
+            [scene_prompt(InstructPix2PixModel(kind="instruct_pix2pix", prompt=p), s) for p in PROMPTS] for s in scenes
+        ]
 
 
 def symmetry(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

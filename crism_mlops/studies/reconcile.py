@@ -14,7 +14,8 @@ def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
     """Bring both trackers into agreement about trials that a stopped process left running.
 
     MLflow is always told first, so a run's end decides: its trial gets the same one. What had not
-    ended was interrupted: it does not count, and its settings are tried again. Returns the
+    ended was interrupted: it does not count, and goes on as another trial of Optuna's with the same
+    settings, seed and run. Returns the
     numbers of the interrupted trials. Called under the study's lock, so nobody is running them.
     """
     runs = {r.run_id: r for r in tracker.find(crism_study=study.study_name) if r.kind != "study"}
@@ -35,7 +36,10 @@ def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
             study._storage.set_trial_user_attr(trial._trial_id, "crism.state", INTERRUPTED)
             study.tell(trial.number, state=TrialState.FAIL)
             if trial.params:
-                study.enqueue_trial(trial.params, user_attrs={"crism.again": trial.number})
+                again = {"crism.again": trial.user_attrs.get("crism.again", trial.number)}
+                if run is not None:
+                    again["crism.run_id"] = run.run_id
+                study.enqueue_trial(trial.params, user_attrs=again)
     for run in runs.values():
         if run.status == "RUNNING":
             tracker.stop(run.run_id, INTERRUPTED)

@@ -6,18 +6,21 @@ import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crism_mlops.config import RunConfig, error_sign
+from crism_mlops.config import RunConfig, digest_of, error_sign
 from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, TestSplit
+from crism_mlops.dataset.prompts import scene_lacks, scene_prompt
 from crism_mlops.dataset.variants import channels
-from crism_mlops.errors import EvaluationError
+from crism_mlops.errors import EvaluationError, TrackingError
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
 from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.evaluation.panels import Case, calibration_figure, panel
@@ -25,13 +28,23 @@ from crism_mlops.evaluation.scores import ScoreTable, as_csv
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
+from crism_mlops.models.kept import Kept
 from crism_mlops.models.latents import LatentCache
+from crism_mlops.models.residual import fit_residual
+from crism_mlops.models.resume import ResumeFolder
 from crism_mlops.models.unet import UNet
+from crism_mlops.scenes.build import open_store
 from crism_mlops.tracking import Tracker, flat_json
-from crism_mlops.training import train
+from crism_mlops.training import Ended, train
 
 log = logging.getLogger(__name__)
 Predict = Callable[[Sequence[Pair]], Predicted]
+# Of a trial's training time, at most so much goes into validation by default.
+VALIDATION_SHARE = 0.15
+
+
+class TrialEnded(Exception):  # noqa: N818 -- no error
+    """A trial ends here by somebody's decision (a pruner's): nothing of it is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +79,11 @@ def resolve_device(device: str) -> str:
 
 def build_model(config: RunConfig, manifest: Manifest, device: str) -> UNet | InstructPix2Pix:
     """The two models, side by side: what a trial starts from."""
+    residual = None if config.model.residual is None else fit_residual(manifest.pairs("train"))
+    size = channels(config.data.variant)
     if config.model.kind == "unet":
-        return unet.build(config.model, channels(config.data.variant), config.seed, device)
-    return instruct_pix2pix.build(config.model, config.seed, device)
+        return unet.build(config.model, size, config.seed, device, residual)
+    return instruct_pix2pix.build(config.model, config.seed, device, size, residual)
 
 
 def run_trial(
@@ -78,23 +93,24 @@ def run_trial(
     tracker: Tracker,
     run_id: str,
     work: Path,
-    cache: LatentCache,
     hooks: Hooks,
 ) -> TrackedRun:
     """Train, keep the best epoch, fix the objective on validation scenes, then score test once.
 
     `objective` is a metric such as "val/rmse" or "val_worst/rmse". `work` is a folder of the trial's
-    own, removed at the end. What `hooks.report` raises passes through; nothing is scored on test then,
-    and no figure of the test set is returned: they go to the tracker alone.
+    own: what an interrupted call left there is gone on from, and where this one is interrupted it stays;
+    of a trial that failed the best checkpoints stay; else it is removed. What `hooks.report` raises
+    passes through; nothing is scored on test then, and no figure of the test set is returned: they go to
+    the tracker alone.
     """
     started = time.monotonic()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    best = work / "checkpoint"
+    work.mkdir(parents=True, exist_ok=True)
+    resume = ResumeFolder(work / "resume", digest_of([config.digest, manifest.digest, objective]))
     validation = manifest.pairs("validation")
     try:
-        sampling_seconds = fit(config, manifest, validation, objective, tracker, run_id, best, cache, hooks)
+        fitted = fit(config, manifest, validation, objective, tracker, run_id, work / "kept", resume, hooks)
         training_seconds = time.monotonic() - started
+        best = choose(fitted.kept, manifest, config, objective, hooks)
         # What is scored is what was written: the same folder that is logged and served.
         trained, checkpoint = load_checkpoint(best, resolve_device(config.device))
         predictor = predict(trained, config)
@@ -110,22 +126,51 @@ def run_trial(
         # The objective stands; only now is the test set looked at.
         hooks.phase("scoring test scenes")
         log_test(tracker, run_id, manifest, predictor, config, "trial")
+        share = fitted.validation_seconds / max(fitted.seconds, 1e-9)
+        if share > VALIDATION_SHARE:
+            log.warning(
+                "validation took %.0f %% of the training time; raise train.validate_every, or lower "
+                "evaluate.validation_scenes or model.steps", 100.0 * share,
+            )  # fmt: skip
         costs = {
             "cost/train_seconds": training_seconds,
-            "cost/validation_share": sampling_seconds / max(training_seconds, 1e-9),
+            "cost/steps_per_second": fitted.steps / max(fitted.seconds - fitted.validation_seconds, 1e-9),
+            "cost/micro_batch": float(fitted.micro_batch),
+            "cost/validation_share": share,
             "cost/seconds": time.monotonic() - started,
-            "cost/latent_cache_hits": float(cache.hits),
             "best_epoch": float(checkpoint.epoch),
+            **fitted.figures,
         }
         tracker.metrics(run_id, costs)
         hooks.phase("logging the checkpoint")
         model_id = tracker.model(
             run_id, best, model_card(config, manifest, checkpoint), channels=channels(config.data.variant)
         )
-        tracker.tags(run_id, {"crism.model_id": model_id})
-        return TrackedRun(run_id, value, scores)
-    finally:
+        tracker.tags(run_id, {"crism.model_id": model_id, "crism.ended_by": fitted.ended})
+    except TrackingError:
+        raise  # Nobody heard of the end: the trial is interrupted.
+    except TrialEnded:
         shutil.rmtree(work, ignore_errors=True)
+        raise
+    except Exception:
+        resume.clear()
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return TrackedRun(run_id, value, scores)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What training left: the checkpoint folders that are kept, the best first; steps, seconds of training
+    and of the validations in it, how it ended, the micro-batch, and more figures of its cost."""
+
+    kept: tuple[Path, ...]
+    steps: int
+    seconds: float
+    validation_seconds: float
+    ended: Ended
+    micro_batch: int
+    figures: dict[str, float]
 
 
 def fit(
@@ -135,79 +180,148 @@ def fit(
     objective: str,
     tracker: Tracker,
     run_id: str,
-    best: Path,
-    cache: LatentCache,
+    folder: Path,
+    resume: ResumeFolder,
     hooks: Hooks,
-) -> float:
-    """Train and leave the best epoch's checkpoint in `best`; returns the seconds that validation took.
+) -> Fitted:
+    """Train and leave the best epochs' checkpoints below `folder`.
 
     A function of its own, so that the trained model is gone before its checkpoint is loaded.
     """
     seed_everything(config.seed)
     hooks.phase("preparing")
     model = build_model(config, manifest, resolve_device(config.device))
+    lacking = check_prompts(model, manifest)
     samples = manifest.samples()
-    data = model.prepare(samples, cache, manifest.digest)
+    cache = LatentCache(open_store(config.data))
+    data = model.prepare(samples, cache)
     weights = sample_weights([s.scene.carbonate_bearing for s in samples], config.train.balance, config.seed)
-    kept = weights > 0
-    if not bool(kept.all()):
-        data = {name: tensor[kept] for name, tensor in data.items()}
+    used = weights > 0
+    if not bool(used.all()):
+        data = data.only(used)
     quick = spread(validation, config.evaluate.validation_scenes)
+    every = config.train.validate_every or validation_interval(config, len(data), len(quick))
     predictor = predict(model, config)
-    best_error: float | None = None
-    steps, sampling_seconds = 0, 0.0
+    # What is known of the epochs so far, in JSON: it is resumed with the training.
+    notes: dict[str, Any] = {"stale": 0, "validation_seconds": 0.0, "history": [], "kept": []}
+    steps = 0
 
     def on_step(step: int, total: int, loss: float) -> None:
         nonlocal steps
         steps = step
         hooks.step(step, total, loss)
 
-    def on_epoch(epoch: int, loss: float) -> None:
-        nonlocal best_error, sampling_seconds
+    def on_resume(step: int) -> None:
+        nonlocal steps
+        steps = step
+        for epoch, figures in notes["history"]:
+            hooks.report(epoch, figures)
+
+    def on_epoch(epoch: int, loss: float, last: bool) -> bool:
         tracker.metrics(run_id, {"train/loss": loss}, epoch)
-        if epoch % config.train.validate_every and epoch != config.train.epochs:
-            return
+        if epoch % every and not last:
+            return False
         begun = time.monotonic()
         table = score_pairs(predictor(quick), quick, ("valid",), device=scoring_device(config))
         means = table.means("valid")
         figures = {f"val/{m}": means[m] for m in METRICS} | {f"val_worst/{m}": table.worst(m) for m in METRICS}
-        sampling_seconds += time.monotonic() - begun
+        seconds = time.monotonic() - begun
         tracker.metrics(run_id, figures, epoch)
         error = error_sign(objective) * figures[objective]
-        if best_error is None or error < best_error:
-            # NaN is worse than anything: any figure of a later epoch is better.
-            best_error = error if math.isfinite(error) else math.inf
-            save_checkpoint(
-                model,
-                best,
-                Checkpoint(
-                    config,
-                    manifest.transform,
-                    manifest.digest,
-                    epoch,
-                    steps,
-                    figures[objective],
-                    {},
-                    manifest.carbonate,
-                    manifest.filters,
-                    {"train": manifest.split.train, "validation": manifest.split.validation},
-                ),
+        # NaN is worse than anything: any figure of a later epoch is better.
+        error = error if math.isfinite(error) else sys.float_info.max
+
+        def write(place: Path) -> None:
+            checkpoint = Checkpoint(
+                config,
+                manifest.transform,
+                manifest.digest,
+                epoch,
+                steps,
+                figures[objective],
+                {},
+                manifest.carbonate,
+                manifest.filters,
+                {"train": manifest.split.train, "validation": manifest.split.validation},
+                model.residual,
             )
+            save_checkpoint(model, place, checkpoint)
+
+        best = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"]).offer(epoch, error, write)
+        notes["stale"] = 0 if best else notes["stale"] + 1
+        notes["validation_seconds"] += seconds
+        notes["history"].append([epoch, figures])
         hooks.report(epoch, figures)
+        return config.train.patience is not None and notes["stale"] >= config.train.patience
 
     hooks.phase("training")
-    train(model, data, weights[kept], config.train, config.seed, on_step, on_epoch)
-    return sampling_seconds
+    done = train(
+        model, data, weights[used], config.train, config.seed, on_step, on_epoch, config.engine, resume, notes,
+        on_resume,
+    )  # fmt: skip
+    figures = {**cache.figures(), "prompts/fallback": float(lacking), "cost/validate_every": float(every)}
+    kept = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"]).places
+    return Fitted(
+        tuple(kept), done.steps, done.seconds, notes["validation_seconds"], done.ended, done.micro_batch, figures
+    )
+
+
+def choose(kept: Sequence[Path], manifest: Manifest, config: RunConfig, objective: str, hooks: Hooks) -> Path:
+    """Of several epochs that are kept, the best on all validation scenes: a few scenes chose them."""
+    if len(kept) == 1:
+        return kept[0]
+    hooks.phase(f"scoring the {len(kept)} best epochs")
+    pairs, sign = manifest.pairs("validation"), error_sign(objective)
+    stratum, _, metric = objective.partition("/")
+    errors = []
+    for folder in kept:
+        model, _ = load_checkpoint(folder, resolve_device(config.device))
+        table = score_pairs(predict(model, config)(pairs), pairs, ("valid",), device=scoring_device(config))
+        error = sign * (table.worst(metric) if stratum == "val_worst" else table.means("valid")[metric])
+        errors.append(error if math.isfinite(error) else math.inf)
+    return kept[errors.index(min(errors))]
+
+
+def validation_interval(config: RunConfig, samples: int, scenes: int) -> int:
+    """Epochs between validations that keep them below VALIDATION_SHARE of a trial's arithmetic.
+
+    Counted in forward passes of the U-Net: three a sample for a step (forward, and twice that for
+    backward), one a scene, denoising step and guidance pass for a validation. The autoencoder's share is
+    that of Stable Diffusion 1.5 (encode 1.39, decode 3.13 forward passes). A count, not a clock: the
+    same study validates at the same epochs everywhere.
+    """
+    passes = 1.0
+    if config.model.kind == "instruct_pix2pix":
+        image, text = config.model.image_guidance, config.model.text_guidance
+        guided = sum(factor != 0.0 for factor in (1.0 - image, image - text, text))
+        passes = config.evaluate.draws * (config.model.steps * guided + 1.39 + 3.13)
+    shown = -(-scenes // config.evaluate.chunk) * config.evaluate.chunk
+    share = VALIDATION_SHARE / (1.0 - VALIDATION_SHARE)
+    return min(config.train.epochs, max(1, math.ceil(shown * passes / (share * 3.0 * samples))))
+
+
+def check_prompts(model: UNet | InstructPix2Pix, manifest: Manifest) -> int:
+    """How many scenes' prompts lack metadata that the template asks for, over all splits.
+
+    Raises ModelError for one that the text encoder would cut off: before training, not after it.
+    """
+    if not isinstance(model, InstructPix2Pix):
+        return 0
+    model.tokenize([scene_prompt(model.config, scene) for scene in manifest.scenes])
+    lacking = sum(scene_lacks(model.config, scene) for scene in manifest.scenes)
+    if lacking:
+        log.info("%d of %d scenes lack metadata that the prompt asks for", lacking, len(manifest.scenes))
+    return lacking
 
 
 def predict(model: UNet | InstructPix2Pix, config: RunConfig) -> Predict:
     """The prediction path of evaluation and serving, bound to a model."""
     if config.model.kind == "instruct_pix2pix":
-        template, evaluate = config.model.prompt, config.evaluate
-    else:
-        # Nothing in it is random: every draw is the same.
-        template, evaluate = "", config.evaluate.model_copy(update={"draws": 1})
-    return lambda pairs: predict_pairs(model, pairs, template, evaluate, config.data.resolution)
+        prompt = partial(scene_prompt, config.model)
+        return lambda pairs: predict_pairs(model, pairs, prompt, config.evaluate, config.data.resolution)
+    # Nothing in it is random: every draw is the same.
+    evaluate = config.evaluate.model_copy(update={"draws": 1})
+    return lambda pairs: predict_pairs(model, pairs, lambda scene: "", evaluate, config.data.resolution)
 
 
 def log_validation(
@@ -392,6 +506,7 @@ def log_configuration(
 
     variant = {"data.variant": config.data.variant, "data.normalization": config.data.normalization}
     tracker.tags(run_id, {key.replace("data.", "crism."): value for key, value in variant.items()})
+    known = tracker.run(run_id).params
     params = {
         **variant,
         "train.learning_rate": config.train.learning_rate,
@@ -402,7 +517,8 @@ def log_configuration(
         # Sums are taken in another order with another number of threads: the seventh digit differs.
         "threads": torch.get_num_threads(),
     }
-    tracker.params(run_id, {key: value for key, value in params.items() if key not in searched})
+    # Of a trial that goes on: what it began with stays.
+    tracker.params(run_id, {key: value for key, value in params.items() if key not in searched and key not in known})
     tracker.text(run_id, flat_json(config.model_dump(mode="json")), "config.json")
 
 

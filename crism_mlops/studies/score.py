@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from crism_mlops.config import CarbonateConfig, RunConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, build_manifest
+from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.split import split_scenes
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import Predicted, predict_pairs, score_pairs
@@ -162,13 +164,12 @@ def score_prompts(
     manifest = manifest_as_seen(folder, checkpoint.config, checkpoint, sweep, scenes)
     check_unseen(folder, checkpoint, manifest, split)
     pairs = _pairs(tracker, manifest, split, "none", f"prompts {folder.name if what is None else what}")
-    config = checkpoint.config
+    config, prompt = checkpoint.config, partial(scene_prompt, model.config)
 
     def predicted(prompts: Sequence[str]) -> Predicted:
-        return predict_pairs(model, pairs, "", config.evaluate, config.data.resolution, prompts=prompts)
+        return predict_pairs(model, pairs, prompt, config.evaluate, config.data.resolution, prompts=prompts)
 
-    template = model.config.prompt
-    return prompt_scores(predicted, template, pairs, manifest, device=scoring_device(config))
+    return prompt_scores(predicted, prompt, pairs, manifest, device=scoring_device(config))
 
 
 def _predictor(

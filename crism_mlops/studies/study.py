@@ -21,11 +21,10 @@ from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import EvaluationError, StudyError, TrackingError, one_line
-from crism_mlops.models.latents import LatentCache
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
-from crism_mlops.studies.run import Hooks, TrackedRun, log_configuration, run_trial
+from crism_mlops.studies.run import Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
 from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, shown, sqlite_path
 
@@ -47,6 +46,10 @@ class Listener:
     ended: Callable[[int, str, float | None, str], None] = lambda number, state, value, why: None
     floors: Callable[[str, str], None] = lambda variant, normalization: None
     hooks: Hooks = field(default_factory=Hooks)
+
+
+class PrunedTrial(TrialEnded):
+    """The pruner's decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,8 @@ def run_study(
             _log_totals(study, tracker, parent)
             tracker.fail(parent, error)
             raise
-        finally:
-            shutil.rmtree(call.work, ignore_errors=True)
+        # All trials are done: what failed ones left is of no use any more.
+        shutil.rmtree(call.work, ignore_errors=True)
         summary = _log_totals(study, tracker, parent)
         tracker.end(parent, "FINISHED")
         return summary
@@ -119,7 +122,6 @@ class _Call:
     parent: str
     work: Path
     listener: Listener
-    cache: LatentCache = field(default_factory=LatentCache)
     manifests: dict[str, Manifest] = field(default_factory=dict)
 
     def manifest(self, data: DataConfig) -> Manifest:
@@ -283,31 +285,38 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
     TrackingError pass through and leave the trial to `settle`.
     """
     sweep, tracker = call.sweep, call.tracker
-    seed = trial_seed(sweep.seed, "trial", trial.number)
+    # A trial that was interrupted goes on: Optuna counts another one, its first number stays its name.
+    number = int(trial.user_attrs.get("crism.again", trial.number))
+    seed = trial_seed(sweep.seed, "trial", number)
     choices = suggest(trial, sweep.search)
     call.listener.trial(trial.number, sweep.trials, choices)
-    tags = {"crism.study": sweep.study, "crism.trial_number": str(trial.number), "crism.model": sweep.model.kind}
-    params = {**choices, "seed": seed, "git_commit": git_commit() or "unknown"}
-    run_id = tracker.start(f"{sweep.study}-{trial.number:03d}", "trial", tags, params, call.parent)
+    run_id = trial.user_attrs.get("crism.run_id", "")
+    if run_id:
+        tracker.reopen(run_id)
+        tracker.tags(run_id, {"crism.optuna_number": str(trial.number)})
+    else:
+        tags = {"crism.study": sweep.study, "crism.trial_number": str(number), "crism.model": sweep.model.kind}
+        params = {**choices, "seed": seed, "git_commit": git_commit() or "unknown"}
+        run_id = tracker.start(f"{sweep.study}-{number:03d}", "trial", tags, params, call.parent)
     trial.set_user_attr("crism.run_id", run_id)
 
     def report(epoch: int, figures: Mapping[str, float]) -> None:
         call.listener.hooks.report(epoch, figures)
         trial.report(figures[sweep.objective.metric], epoch)
         if trial.should_prune():
-            raise optuna.TrialPruned(f"pruned after epoch {epoch}: {figures[sweep.objective.metric]:.4g}")
+            raise PrunedTrial(f"pruned after epoch {epoch}: {figures[sweep.objective.metric]:.4g}")
 
     hooks = Hooks(step=call.listener.hooks.step, report=report, phase=call.listener.hooks.phase)
     try:
         config = sweep.run_config({**choices, "seed": seed})
         manifest = call.manifest(config.data)
         log_configuration(tracker, run_id, config, manifest, choices)
-        work = call.work / f"{trial.number:04d}"
-        done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, call.cache, hooks)
+        work = call.work / f"{number:04d}"
+        done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, hooks)
         _constrain(sweep, trial, done, tracker)
     except TrackingError:
         raise
-    except optuna.TrialPruned as pruned:
+    except PrunedTrial as pruned:
         tracker.stop(run_id, "pruned", str(pruned))
         call.study.tell(trial, state=TrialState.PRUNED)
         return "PRUNED", None, str(pruned)

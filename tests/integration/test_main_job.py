@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_loaded_model_predicts_what_evaluation_did(
     config = card.config
     assert config.model.kind == "instruct_pix2pix"
     pairs = manifest.test_pairs()
-    expected = predict_pairs(model, pairs, config.model.prompt, config.evaluate, config.data.resolution)
+    expected = predict_pairs(model, pairs, partial(scene_prompt, config.model), config.evaluate, config.data.resolution)
     table = score_pairs(expected, pairs)
     for prefix, ids in (("test", manifest.split.test_balanced), ("test_full", None)):
         for name, value in table.means("valid", ids).items():
@@ -286,7 +287,7 @@ def test_loaded_model_predicts_what_evaluation_did(
     served = mlflow.pyfunc.load_model(CHAMPION)
     for pair, prediction in zip(pairs, expected.images, strict=True):
         seed = noise_seed(config.evaluate.seed, pair.scene.observation_id)
-        prompt = scene_prompt(config.model.prompt, pair.scene)
+        prompt = scene_prompt(config.model, pair.scene)
         output = served.predict(pair.image[None], params={"prompt": prompt, "seed": seed})
         assert output.dtype == np.float32
         assert np.array_equal(output[0], prediction), pair.scene.observation_id

@@ -1,0 +1,148 @@
+"""What a killed training goes on from: weights, optimiser, average, position and every random generator.
+
+Safetensors and JSON in a folder of the trial's own. A state is written under a temporary name, put on
+the disk, and renamed; the one before it is removed afterwards, so there is always one that is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crism_mlops.errors import TrainingError, one_line
+from crism_mlops.models.checkpoint import sync
+from crism_mlops.models.rows import Tensors
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+# A file holds about so much: safetensors are written from memory one file at a time.
+_FILE_BYTES = 1 << 30
+_PARTIAL = ".partial"
+
+
+class ResumeFolder:
+    """The resume states of one training. `identity` says which: a state of another one is not used."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder = folder
+        self.identity = identity
+
+    def save(self, step: int, tensors: Tensors, content: dict[str, Any]) -> None:
+        """Write a state and remove the older ones. Raises TrainingError where it cannot be written; the
+        older one is kept."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        place, partial = self.folder / f"state-{step:09d}", self.folder / _PARTIAL
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for index, names in enumerate(_files(tensors)):
+                # A view of another tensor's memory is written as what it shows.
+                part = {name: tensors[name].detach().cpu().contiguous() for name in names}
+                save_file(part, str(partial / f"{index:04d}.safetensors"))
+            text = json.dumps({"format": FORMAT, "identity": self.identity, "step": step, **content})
+            (partial / "state.json").write_text(text, encoding="utf-8")
+            sync(partial)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+            sync_parent(place)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{place}: the state to resume from cannot be written ({one_line(error)}); the one before it is kept: "
+                "make room, then run the same command again"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in self._states():
+            if old != place:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """The newest whole state of this training, None where there is none. What is left out is logged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        for place in reversed(self._states()):
+            try:
+                content: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                if content["format"] != FORMAT or content["identity"] != self.identity:
+                    log.warning("%s: of other settings or data, not resumed; training starts anew", place)
+                    continue
+                tensors: Tensors = {}
+                for file in sorted(place.glob("*.safetensors")):
+                    tensors |= load_file(str(file))
+                return tensors, content
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                log.warning("%s: damaged (%s), not resumed", place, one_line(error))
+        return None
+
+    def clear(self) -> None:
+        """Remove all states."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob("state-*"))
+
+
+def sync_parent(place: Path) -> None:
+    """The new name of a folder on the disk itself."""
+    import os
+
+    handle = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _files(tensors: Tensors) -> list[list[str]]:
+    """Names of the tensors, file by file."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > _FILE_BYTES and files[-1]:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.nbytes
+    return files
+
+
+def random_states(generator: torch.Generator) -> tuple[Tensors, dict[str, Any]]:
+    """Every random generator of the process, and the training's own, as tensors and JSON content."""
+    import torch
+
+    tensors = {"random.own": generator.get_state(), "random.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    version, words, gauss = random.getstate()
+    state = {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}}
+    return tensors, {"numpy": state, "python": [version, list(words), gauss]}
+
+
+def restore_random(tensors: Tensors, content: dict[str, Any], generator: torch.Generator) -> None:
+    """Put every random generator back to where `random_states` found it."""
+    import torch
+
+    generator.set_state(tensors["random.own"])
+    torch.set_rng_state(tensors["random.torch"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random.cuda.")]
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+    numpy = content["numpy"]
+    key = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy, "state": {"key": key, "pos": numpy["state"]["pos"]}})
+    version, words, gauss = content["python"]
+    random.setstate((version, tuple(words), gauss))
