@@ -1,6 +1,7 @@
 """The loop on models small enough to follow by hand."""
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,7 +16,7 @@ from crism_mlops.errors import TrainingError
 from crism_mlops.models.latents import weights_digest
 from crism_mlops.models.rows import Rows, Tensors
 from crism_mlops.models.unet import UNet
-from crism_mlops.training import Trained, train
+from crism_mlops.training import Trained, out_of_memory, train
 
 UNET = UNetModel(kind="unet", encoder="resnet18", encoder_weights=None)
 
@@ -221,3 +222,210 @@ def test_frozen_parameters_stay() -> None:
     before = model.module.encoder.conv1.weight.clone()
     train(model, linear_truth(4), torch.ones(4), TrainConfig(learning_rate=1e-2, batch_size=2, epochs=1), 0)
     assert torch.equal(model.module.encoder.conv1.weight, before)
+
+
+# ---- what a step costs, and what ends it
+
+
+def weights_after(model: UNet, **settings: Any) -> list[torch.Tensor]:
+    config = TrainConfig(**{"learning_rate": 1e-3, "batch_size": 4, "epochs": 2, **settings.pop("train", {})})
+    train(model, linear_truth(), torch.ones(8), config, 0, engine=EngineConfig(**settings))
+    return [p.detach().clone() for p in model.module.parameters()]
+
+
+def plain_unet() -> UNet:
+    """Without batch normalisation: a sample's share of the gradient does not depend on its neighbours."""
+    torch.manual_seed(0)
+    return UNet(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 1)), UNET
+    )
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_add_up_to_the_batch(micro: int) -> None:
+    for one, other in zip(weights_after(plain_unet()), weights_after(plain_unet(), micro_batch=micro), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+class Cramped(Recorder):
+    """Has memory for `room` samples at once."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.sizes: list[int] = []
+
+    def errors(self, batch: Tensors) -> torch.Tensor:
+        self.sizes.append(len(batch["row"]))
+        if len(batch["row"]) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().errors(batch)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    model, whole = Cramped(3), Recorder()
+    config = TrainConfig(learning_rate=1e-2, batch_size=8, epochs=2)
+    done = run(model, 16, config)
+    assert model.sizes[:5] == [8, 4, 2, 2, 2]
+    assert model.sizes[5:] == [2] * 13
+    assert (done.steps, done.micro_batch) == (4, 2)
+    run(whole, 16, config)
+    torch.testing.assert_close(model.module.weight, whole.module.weight)
+    assert model.batches == whole.batches, "a batch is drawn once, however often it is tried"
+    assert "not suffice for 8 samples at once: 4 from here on, a batch is still 8" in caplog.text
+
+
+def test_out_of_memory_with_one_sample_says_what_to_do() -> None:
+    with pytest.raises(TrainingError, match=r"batch of one .*gradient_checkpointing or model\.lora"):
+        run(Cramped(0), 4, TrainConfig(batch_size=4, epochs=1))
+
+
+@pytest.mark.parametrize("words", ["DefaultCPUAllocator: can't allocate memory: you tried to", "CUDA out of memory"])
+def test_torchs_words_for_short_memory(words: str) -> None:
+    assert out_of_memory(RuntimeError(words))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_cpu_that_has_no_memory_left_says_so_in_these_words() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)
+    assert out_of_memory(error.value)
+
+
+def test_another_error_of_a_step_passes_through() -> None:
+    class Broken(Recorder):
+        def errors(self, batch: Tensors) -> torch.Tensor:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(Broken(), 4, TrainConfig(batch_size=2, epochs=1))
+
+
+def test_a_few_bad_steps_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model, places = Recorder(), []
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        model.slope = math.nan if step in (2, 3, 5) else 1.0
+        places.append(model.module.weight.item())
+
+    losses: list[float] = []
+    config = TrainConfig(learning_rate=1e-2, batch_size=1, epochs=1, bad_steps=3)
+    run(model, 8, config, on_step=on_step, on_epoch=lambda epoch, loss, last: bool(losses.append(loss)))
+    assert places[1] == places[2] == places[3], "steps 3 and 4 changed nothing"
+    assert places[4] < places[3]
+    assert places[5] == places[4]
+    assert math.isfinite(losses[0])
+    assert "gradient norm nan, at step 3 of 8 (epoch 1), scenes" in caplog.text
+    assert caplog.text.count("the step is left out") == 3
+
+
+def test_too_many_bad_steps_one_after_the_other_end_it() -> None:
+    model = Recorder(slope=math.inf)
+    config = TrainConfig(learning_rate=1e-3, batch_size=2, epochs=9, bad_steps=4)
+    with pytest.raises(TrainingError, match=r"step 4 of 18 .*scenes \d, \d; 4 such steps one after the other"):
+        run(model, 4, config)
+    assert model.module.weight.item() == 2.0
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    class Steep(Recorder):
+        def errors(self, batch: Tensors) -> torch.Tensor:
+            # The value is 0; its slope at 0 is infinite.
+            return torch.sqrt(self.module.weight.sum() * 0.0)
+
+    model = Steep()
+    with pytest.raises(TrainingError, match="gradient norm nan"):
+        run(model, 4, TrainConfig(batch_size=4, epochs=9))
+    assert model.module.weight.item() == 2.0
+
+
+def test_time_is_up() -> None:
+    ends: list[tuple[int, bool]] = []
+    config = TrainConfig(batch_size=1, epochs=50, max_minutes=1e-9)
+    done = run(Recorder(), 4, config, on_epoch=lambda epoch, loss, last: bool(ends.append((epoch, last))))
+    assert (done.steps, done.ended) == (1, "time")
+    assert ends == [(1, True)]
+
+
+def test_enough_is_enough() -> None:
+    done = run(Recorder(), 4, TrainConfig(batch_size=2, epochs=50), on_epoch=lambda epoch, loss, last: epoch == 3)
+    assert (done.steps, done.ended) == (6, "patience")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5]),
+    ],
+)
+def test_schedules(schedule: str, shares: list[float]) -> None:
+    model, places = Recorder(), [2.0]
+    config = TrainConfig(learning_rate=1e-2, batch_size=1, epochs=1, warmup_steps=2, schedule=schedule)
+    run(model, 6, config, on_step=lambda step, total, loss: places.append(model.module.weight.item()))
+    assert [a - b for a, b in pairwise(places)] == pytest.approx([0.01 * s for s in shares], rel=1e-3)
+
+
+def test_the_average_is_what_is_scored_and_kept() -> None:
+    model, places, scored = Recorder(), [], []
+
+    def on_epoch(epoch: int, loss: float, last: bool) -> bool:
+        scored.append(model.module.weight.item())
+        return False
+
+    config = TrainConfig(learning_rate=1e-1, batch_size=1, epochs=2, ema_decay=0.5)
+    run(
+        model, 4, config, on_step=lambda step, total, loss: places.append(model.module.weight.item()), on_epoch=on_epoch
+    )
+    # The decay rises: (1 + n) / (10 + n) after n steps before, 0.5 at most; the first average is the start.
+    average, averages = 2.0, []
+    for step, place in enumerate(places):
+        decay = min(0.5, (1 + step) / (10 + step)) if step else 0.0
+        average = decay * average + (1.0 - decay) * place
+        averages.append(average)
+    assert scored == pytest.approx([averages[3], averages[7]], rel=1e-5)
+    assert model.module.weight.item() == pytest.approx(averages[7], rel=1e-5)
+
+
+def test_weights_decay_apart_from_the_gradient() -> None:
+    """AdamW (Loshchilov and Hutter 2019): decay is a share of the weight, whatever Adam makes of the gradient."""
+    one, two = Recorder(), Recorder()
+    run(one, 1, TrainConfig(learning_rate=1e-2, epochs=1))
+    run(two, 1, TrainConfig(learning_rate=1e-2, epochs=1, weight_decay=0.1))
+    assert one.module.weight.item() - two.module.weight.item() == pytest.approx(1e-2 * 0.1 * 2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"channels_last": True}, {"compile": True}])
+def test_another_way_of_computing_gives_the_same_up_to_rounding(settings: dict[str, Any]) -> None:
+    if settings.get("compile") and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    for one, other in zip(weights_after(plain_unet()), weights_after(plain_unet(), **settings), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+# ---- rows
+
+
+def test_rows_of_blocks_labels_and_tables() -> None:
+    blocks = [
+        {"x": torch.tensor([[1.0], [2.0]]), "word_row": torch.tensor([1, 0])},
+        {"x": torch.tensor([[3.0]]), "word_row": torch.tensor([1])},
+    ]
+    rows = Rows(blocks, ["a", "a", "b"], {"word": torch.tensor([[10.0], [20.0]])})
+    batch = rows.batch(torch.tensor([2, 1]))
+    assert batch["x"].tolist() == [[3.0], [2.0]]
+    assert batch["word"].tolist() == [[20.0], [10.0]]
+    assert set(batch) == {"x", "word"}
+    few = rows.only(torch.tensor([True, False, True]))
+    assert (len(few), few.labels) == (2, ("a", "b"))
+    assert few.batch([1])["x"].tolist() == [[3.0]]
+    assert rows.nbytes == 3 * 4 + 3 * 8
+
+
+def test_an_error_while_a_batch_is_gathered_ends_training() -> None:
+    rows = Rows([{"row": torch.arange(4)}])
+    rows._places[2] = (7, 0)
+    with pytest.raises(IndexError):
+        train(Recorder(), rows, torch.ones(4), TrainConfig(batch_size=2, epochs=1), 0)

@@ -68,7 +68,9 @@ class ResumeFolder:
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """The newest whole state of this training, None where there is none. What is left out is logged."""
+        """The newest whole state of this training, None where there is none. What is left out is logged.
+
+        Raises TrainingError for a file of another kind in it."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -78,6 +80,11 @@ class ResumeFolder:
                 if content["format"] != FORMAT or content["identity"] != self.identity:
                     log.warning("%s: of other settings or data, not resumed; training starts anew", place)
                     continue
+                if strangers := [p for p in place.iterdir() if p.suffix not in (".safetensors", ".json")]:
+                    raise TrainingError(
+                        f"{strangers[0]}: refused; a state holds safetensors and JSON files only: remove this file, or "
+                        f"{self.folder} to start anew"
+                    )
                 tensors: Tensors = {}
                 for file in sorted(place.glob("*.safetensors")):
                     tensors |= load_file(str(file))
