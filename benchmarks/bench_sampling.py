@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from crism_mlops.config import SweepConfig, load_sweep
 from crism_mlops.dataset.manifest import Pair, build_manifest
+from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.evaluation.evaluate import predict_pairs, score_pairs
 from crism_mlops.evaluation.inference import interval
 from crism_mlops.models import instruct_pix2pix
@@ -55,7 +57,8 @@ def main() -> None:
             update={"sampler": sampler, "steps": steps, "image_guidance": image, "text_guidance": text}
         )
         begun = time.perf_counter()
-        predicted = predict_pairs(model, pairs, model.config.prompt, config.evaluate, config.data.resolution)
+        prompt = partial(scene_prompt, model.config)
+        predicted = predict_pairs(model, pairs, prompt, config.evaluate, config.data.resolution)
         seconds = (time.perf_counter() - begun) / len(pairs)
         rows = score_pairs(predicted, pairs, ("valid",)).rows
         by_id = {row["observation_id"]: row["valid/rmse"] for row in rows}

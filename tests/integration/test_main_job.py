@@ -35,7 +35,7 @@ from crism_mlops.evaluation.evaluate import noise_seed, predict_pairs, score_pai
 from crism_mlops.models.checkpoint import load_checkpoint
 from crism_mlops.models.instruct_pix2pix import TINY, tiny_folder
 from crism_mlops.scenes.sources import load_scenes
-from crism_mlops.tracking import Tracker, download_checkpoint
+from crism_mlops.tracking import RunInfo, Tracker, download_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -60,7 +60,9 @@ SHRUNK = (
 UNET = (*SHRUNK, "trials=2", "search.data.variant={choice: [pnr, rect]}")
 IP2P = (*SHRUNK, "trials=2", "search.data.variant={choice: [pnr, bpn]}", f"model.pretrained={PRETRAINED}")
 # Long enough to be caught in its training, short enough to be done again.
-SLOW = (*SHRUNK, "trials=1", "train.epochs=6", "search={train.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}}")
+SLOW = (
+    *SHRUNK, "trials=1", "train.epochs=6", "engine.save_minutes=0.03",
+    "search={train.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}}")
 
 
 class Workspace:
@@ -400,8 +402,18 @@ def test_second_sweep_at_the_same_time_is_refused(workspace: Workspace) -> None:
     assert err.splitlines()[-1].startswith("error: study 'quickstart-unet' is being run by another process")
 
 
+@pytest.fixture(scope="module")
+def never_stopped(workspace: Workspace) -> RunInfo:
+    """The trial of a study that nothing stopped."""
+    workspace.run(*workspace.sweep("quickstart-unet", SLOW, "--new-study", "never-stopped"))
+    (trial,) = workspace.tracker().find(crism_study="never-stopped", crism_kind="trial")
+    return trial
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_stopped_in_mid_trial_and_continued(workspace: Workspace, how: signal.Signals) -> None:
+def test_stopped_in_mid_trial_and_continued(
+    workspace: Workspace, how: signal.Signals, never_stopped: RunInfo
+) -> None:
     study = f"stopped-{how.name.lower()}"
     command = workspace.sweep("quickstart-unet", SLOW, "--new-study", study)
     training = (
@@ -423,8 +435,10 @@ def test_stopped_in_mid_trial_and_continued(workspace: Workspace, how: signal.Si
 
     _, err = workspace.run(*command)
     assert f"{study}: 1 finished, 0 pruned of 1 (0 failed, 1 interrupted)" in err
-    trials = tracker.find(crism_study=study, crism_kind="trial")
-    assert [t.status for t in trials] == ["KILLED", "FINISHED"]
-    assert trials[0].params["train.learning_rate"] == trials[1].params["train.learning_rate"]
+    (again,) = tracker.find(crism_study=study, crism_kind="trial")
+    assert again.status == "FINISHED"
+    assert "crism.stopped" not in again.tags
+    for name in ("objective", "train/loss", "val/lpips", "test/rmse", "best_epoch"):
+        assert again.metrics[name] == never_stopped.metrics[name], name
     workspace.assert_nothing_runs()
     assert not (workspace.folder / "mlruns" / "work" / study).exists()
