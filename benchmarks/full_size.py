@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +128,8 @@ def main() -> None:
         engine = EngineConfig(gradient_checkpointing=True, save_minutes=0.0)
         resume = ResumeFolder(folder / "resume", "full size")
         with part("training step, state written"):
-            try:
+            with suppress(Enough):
                 train(model, data, torch.ones(1), config, 0, stop, engine=engine, resume=resume)
-            except Enough:
-                pass
         state = sum(p.stat().st_size for p in resume.folder.rglob("*") if p.is_file())
         del model
         gc.collect()
@@ -153,11 +150,8 @@ def main() -> None:
             predicted = model.predict(image, ["Predict carbonates"], [0])
         assert predicted.shape == (1, 3, SIDE, SIDE)
         assert bool(torch.isfinite(predicted).all())
-        free = shutil.disk_usage(folder).free
     print(f"\nparameters, M: U-Net {sizes[0]:.1f}, autoencoder {sizes[1]:.1f}, text encoder {sizes[2]:.1f}")
-    print(
-        f"state to resume from {state / 1e9:.2f} GB, checkpoint {checkpoint / 1e9:.2f} GB, disk left {free / 1e9:.0f} GB"
-    )
+    print(f"state to resume from {state / 1e9:.2f} GB, checkpoint {checkpoint / 1e9:.2f} GB")
     print(f"peak memory {max(peaks):.2f} GiB, limit {LIMIT_GB:.0f}: {'inside' if max(peaks) < LIMIT_GB else 'OVER'}")
 
 

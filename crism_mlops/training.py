@@ -164,50 +164,57 @@ def train(
             saved = time.monotonic()
 
     ended: Ended = "epochs"
-    while progress.epoch < config.epochs and ended == "epochs":
-        if not len(order):
-            order = _order(weights, generator)
-        for module in model.modules:
-            module.train()
-        # Batches differ by one row at most: a last batch of a few leftovers would weigh each of them
-        # more than the others, and batch normalisation has no statistics in a batch of one.
-        for batch in batches(data, order.tensor_split(count)[progress.batch :], model.device):
-            with holding_interrupts(limit=1) as held:
-                for group, rate in zip(adam.param_groups, rates, strict=True):
-                    group["lr"] = rate * _rate(config, progress.step, total)
-                drawn = model.draw(batch.tensors, generator)
-                value, norm = _step(model, drawn, optimizer, parameters, accelerator, config.gradient_clip, progress)
-                progress.step += 1
-                progress.batch += 1
-                if math.isfinite(value) and (math.isfinite(norm) or accelerator.scaler is not None):
-                    progress.bad_steps = 0
-                    progress.losses, progress.counted = progress.losses + value, progress.counted + 1
-                    if average is not None:
-                        average.step(parameters)
-                else:
-                    progress.bad_steps += 1
-                    _bad(progress, total, value, norm, [data.labels[int(i)] for i in batch.rows], config)
-                progress.seconds = before + time.monotonic() - begun
-                if held or time.monotonic() - saved >= 60.0 * engine.save_minutes:
-                    save()
-            on_step(progress.step, total, value)
-            if config.max_minutes is not None and progress.seconds >= 60.0 * config.max_minutes:
-                ended = "time"
-                break
-        for module in model.modules:
-            module.eval()
-        last = ended == "time" or progress.epoch + 1 == config.epochs
-        try:
+    whole = True
+    try:
+        while progress.epoch < config.epochs and ended == "epochs":
+            if not len(order):
+                order = _order(weights, generator)
+            for module in model.modules:
+                module.train()
+            # Batches differ by one row at most: a last batch of a few leftovers would weigh each of them
+            # more than the others, and batch normalisation has no statistics in a batch of one.
+            for batch in batches(data, order.tensor_split(count)[progress.batch :], model.device):
+                with holding_interrupts(limit=1):
+                    whole = False
+                    for group, rate in zip(adam.param_groups, rates, strict=True):
+                        group["lr"] = rate * _rate(config, progress.step, total)
+                    drawn = model.draw(batch.tensors, generator)
+                    value, norm = _step(
+                        model, drawn, optimizer, parameters, accelerator, config.gradient_clip, progress
+                    )
+                    progress.step += 1
+                    progress.batch += 1
+                    if math.isfinite(value) and (math.isfinite(norm) or accelerator.scaler is not None):
+                        progress.bad_steps = 0
+                        progress.losses, progress.counted = progress.losses + value, progress.counted + 1
+                        if average is not None:
+                            average.step(parameters)
+                    else:
+                        progress.bad_steps += 1
+                        _bad(progress, total, value, norm, [data.labels[int(i)] for i in batch.rows], config)
+                    progress.seconds = before + time.monotonic() - begun
+                    if time.monotonic() - saved >= 60.0 * engine.save_minutes:
+                        save()
+                    whole = True
+                on_step(progress.step, total, value)
+                if config.max_minutes is not None and progress.seconds >= 60.0 * config.max_minutes:
+                    ended = "time"
+                    break
+            for module in model.modules:
+                module.eval()
+            last = ended == "time" or progress.epoch + 1 == config.epochs
             with _averaged(average, parameters):
                 enough = on_epoch(progress.epoch + 1, progress.losses / max(progress.counted, 1), last)
-        except KeyboardInterrupt:
-            # All steps of the epoch are done; what follows it is done again.
+            progress.epoch, progress.batch, progress.losses, progress.counted = progress.epoch + 1, 0, 0.0, 0
+            order = order[:0]
+            if enough and not last:
+                ended = "patience"
+    except KeyboardInterrupt:
+        # Between two steps all is whole (what follows an epoch is done again); in the middle of one
+        # it was asked for a second time, to end at once.
+        if whole:
             save()
-            raise
-        progress.epoch, progress.batch, progress.losses, progress.counted = progress.epoch + 1, 0, 0.0, 0
-        order = order[:0]
-        if enough and not last:
-            ended = "patience"
+        raise
     # What comes after training may be interrupted as well.
     save()
     if average is not None:

@@ -24,6 +24,8 @@ class Kept:
         `error`: less is better. Of equal ones the earlier stays. What is no longer among the best is
         removed after the new one is there.
         """
+        # An epoch that is offered again, by a training that went on, takes its own place.
+        self.entries[:] = [entry for entry in self.entries if entry["epoch"] != epoch]
         better: int = sum(entry["error"] <= error for entry in self.entries)
         if better >= self.top:
             return False

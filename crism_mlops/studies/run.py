@@ -203,7 +203,8 @@ def fit(
     every = config.train.validate_every or validation_interval(config, len(data), len(quick))
     predictor = predict(model, config)
     # What is known of the epochs so far, in JSON: it is resumed with the training.
-    notes: dict[str, Any] = {"stale": 0, "validation_seconds": 0.0, "history": [], "kept": []}
+    notes: dict[str, Any] = {"validation_seconds": 0.0, "history": [], "kept": []}
+    kept = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"])
     steps = 0
 
     def on_step(step: int, total: int, loss: float) -> None:
@@ -214,6 +215,7 @@ def fit(
     def on_resume(step: int) -> None:
         nonlocal steps
         steps = step
+        kept.entries = notes["kept"]
         for epoch, figures in notes["history"]:
             hooks.report(epoch, figures)
 
@@ -247,12 +249,13 @@ def fit(
             )
             save_checkpoint(model, place, checkpoint)
 
-        best = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"]).offer(epoch, error, write)
-        notes["stale"] = 0 if best else notes["stale"] + 1
+        kept.offer(epoch, error, write)
         notes["validation_seconds"] += seconds
-        notes["history"].append([epoch, figures])
+        # Of a training that goes on, this may be the second time.
+        notes["history"] = [[e, of] for e, of in notes["history"] if e < epoch] + [[epoch, figures]]
         hooks.report(epoch, figures)
-        return config.train.patience is not None and notes["stale"] >= config.train.patience
+        stale = sum(e > kept.entries[0]["epoch"] for e, _ in notes["history"])
+        return config.train.patience is not None and stale >= config.train.patience
 
     hooks.phase("training")
     done = train(
@@ -260,9 +263,8 @@ def fit(
         on_resume,
     )  # fmt: skip
     figures = {**cache.figures(), "prompts/fallback": float(lacking), "cost/validate_every": float(every)}
-    kept = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"]).places
     return Fitted(
-        tuple(kept), done.steps, done.seconds, notes["validation_seconds"], done.ended, done.micro_batch, figures
+        tuple(kept.places), done.steps, done.seconds, notes["validation_seconds"], done.ended, done.micro_batch, figures
     )
 
 

@@ -61,8 +61,12 @@ UNET = (*SHRUNK, "trials=2", "search.data.variant={choice: [pnr, rect]}")
 IP2P = (*SHRUNK, "trials=2", "search.data.variant={choice: [pnr, bpn]}", f"model.pretrained={PRETRAINED}")
 # Long enough to be caught in its training, short enough to be done again.
 SLOW = (
-    *SHRUNK, "trials=1", "train.epochs=6", "engine.save_minutes=0.03",
-    "search={train.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}}")
+    *SHRUNK,
+    "trials=1",
+    "train.epochs=6",
+    "engine.save_minutes=0.03",
+    "search={train.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}}",
+)
 
 
 class Workspace:
@@ -411,9 +415,7 @@ def never_stopped(workspace: Workspace) -> RunInfo:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_stopped_in_mid_trial_and_continued(
-    workspace: Workspace, how: signal.Signals, never_stopped: RunInfo
-) -> None:
+def test_stopped_in_mid_trial_and_continued(workspace: Workspace, how: signal.Signals, never_stopped: RunInfo) -> None:
     study = f"stopped-{how.name.lower()}"
     command = workspace.sweep("quickstart-unet", SLOW, "--new-study", study)
     training = (
