@@ -127,9 +127,8 @@ def main() -> None:
         config = TrainConfig(batch_size=1, epochs=2, learning_rate=1e-5)
         engine = EngineConfig(gradient_checkpointing=True, save_minutes=0.0)
         resume = ResumeFolder(folder / "resume", "full size")
-        with part("training step, state written"):
-            with suppress(Enough):
-                train(model, data, torch.ones(1), config, 0, stop, engine=engine, resume=resume)
+        with part("training step, state written"), suppress(Enough):
+            train(model, data, torch.ones(1), config, 0, stop, engine=engine, resume=resume)
         state = sum(p.stat().st_size for p in resume.folder.rglob("*") if p.is_file())
         del model
         gc.collect()
