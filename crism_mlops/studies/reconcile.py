@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -30,13 +32,13 @@ def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
         elif ended == "FAILED":
             tell_failed(study, trial)
         else:
-            interrupted.append(trial.number)
+            interrupted.append(first_number(trial))
             if run is not None:
                 tracker.stop(run.run_id, INTERRUPTED)
             study._storage.set_trial_user_attr(trial._trial_id, "crism.state", INTERRUPTED)
             study.tell(trial.number, state=TrialState.FAIL)
             if trial.params:
-                again = {"crism.again": trial.user_attrs.get("crism.again", trial.number)}
+                again: dict[str, Any] = {"crism.again": first_number(trial)}
                 if run is not None:
                     again["crism.run_id"] = run.run_id
                 study.enqueue_trial(trial.params, user_attrs=again)
@@ -44,6 +46,11 @@ def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
         if run.status == "RUNNING":
             tracker.stop(run.run_id, INTERRUPTED)
     return interrupted
+
+
+def first_number(trial: optuna.Trial | FrozenTrial) -> int:
+    """What a trial is called. One that was interrupted goes on: Optuna counts another one, its first number stays."""
+    return int(trial.user_attrs.get("crism.again", trial.number))
 
 
 def _ended(run: RunInfo) -> str | None:

@@ -127,7 +127,7 @@ def run_trial(
         hooks.phase("scoring test scenes")
         log_test(tracker, run_id, manifest, predictor, config, "trial")
         share = fitted.validation_seconds / max(fitted.seconds, 1e-9)
-        if share > VALIDATION_SHARE:
+        if share > VALIDATION_SHARE and fitted.validation_seconds > 60.0:
             log.warning(
                 "validation took %.0f %% of the training time; raise train.validate_every, or lower "
                 "evaluate.validation_scenes or model.steps", 100.0 * share,
@@ -215,6 +215,7 @@ def fit(
     def on_resume(step: int) -> None:
         nonlocal steps
         steps = step
+        hooks.phase(f"going on after step {step}")
         kept.entries = notes["kept"]
         for epoch, figures in notes["history"]:
             hooks.report(epoch, figures)

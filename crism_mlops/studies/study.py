@@ -23,7 +23,7 @@ from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import EvaluationError, StudyError, TrackingError, one_line
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
-from crism_mlops.studies.reconcile import INTERRUPTED, settle, tell_failed
+from crism_mlops.studies.reconcile import INTERRUPTED, first_number, settle, tell_failed
 from crism_mlops.studies.run import Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
 from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, shown, sqlite_path
@@ -203,7 +203,7 @@ def summarise(study: optuna.Study) -> Summary:
         pruned=sum(t.state == TrialState.PRUNED for t in trials),
         failed=sum(t.state == TrialState.FAIL for t in trials) - interrupted,
         interrupted=interrupted,
-        best_number=None if best is None else best.number,
+        best_number=None if best is None else first_number(best),
         best_value=None if best is None else best.values[0],
     )
 
@@ -268,7 +268,7 @@ def _run_trials(call: _Call) -> None:
         study.pruner = make_pruner(sweep)
         trial = study.ask()
         state, value, why = _one_trial(call, trial)
-        call.listener.ended(trial.number, state, value, why)
+        call.listener.ended(first_number(trial), state, value, why)
         if state == "FAILED":
             failures += 1
             if failures >= sweep.max_failures:
@@ -285,11 +285,10 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
     TrackingError pass through and leave the trial to `settle`.
     """
     sweep, tracker = call.sweep, call.tracker
-    # A trial that was interrupted goes on: Optuna counts another one, its first number stays its name.
-    number = int(trial.user_attrs.get("crism.again", trial.number))
+    number = first_number(trial)
     seed = trial_seed(sweep.seed, "trial", number)
     choices = suggest(trial, sweep.search)
-    call.listener.trial(trial.number, sweep.trials, choices)
+    call.listener.trial(number, sweep.trials, choices)
     run_id = trial.user_attrs.get("crism.run_id", "")
     if run_id:
         tracker.reopen(run_id)
