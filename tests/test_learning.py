@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from test_models import SCRATCH, SIDE, config_of, make_parts, make_samples, make_scene, whole
 from trackers import small_sweep
 
-from crism_mlops.config import DataConfig, InstructPix2PixModel, LoraConfig, RunConfig, TrainConfig, UNetModel
+from crism_mlops.config import (
+    DataConfig,
+    EngineConfig,
+    InstructPix2PixModel,
+    LoraConfig,
+    RunConfig,
+    TrainConfig,
+    UNetModel,
+)
 from crism_mlops.dataset.manifest import Pair
 from crism_mlops.dataset.prompts import render, scene_lacks, scene_prompt
 from crism_mlops.errors import ModelError
@@ -109,6 +117,25 @@ def test_epsilon_of_pure_noise_is_refused(folder: str) -> None:
         config_of(prediction="epsilon", zero_terminal_snr=True)
     with pytest.raises(ModelError, match="noise says nothing of the image"):
         instruct_pix2pix.build(config_of(pretrained=folder, zero_terminal_snr=True), 0)
+
+
+@pytest.mark.parametrize("adapters", [None, LoraConfig(rank=2)])
+def test_gradient_checkpointing_computes_the_same(folder: str, adapters: LoraConfig | None) -> None:
+    states = []
+    for engine in (EngineConfig(), EngineConfig(gradient_checkpointing=True)):
+        model = instruct_pix2pix.build(config_of(pretrained=folder, text_encoder="trained", lora=adapters), 0)
+        data = model.prepare(make_samples(4))
+        config = TrainConfig(learning_rate=1e-3, batch_size=2, epochs=2)
+        train(model, data, torch.ones(4), config, 0, engine=engine)
+        states.append([p.detach() for m in model.modules for p in m.parameters()])
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_an_unet_has_no_gradient_checkpointing() -> None:
+    model = UNet(torch.nn.Conv2d(3, 3, 1), UNetModel(kind="unet", encoder_weights=None))
+    with pytest.raises(ModelError, match=r"has none; lower engine\.micro_batch"):
+        model.configure(EngineConfig(gradient_checkpointing=True))
 
 
 # ---- adapters

@@ -80,7 +80,7 @@ class InstructPix2Pix:
         if engine.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             if self.trains_text:
-                self.text_encoder.gradient_checkpointing_enable()
+                self.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def prepare(self, samples: Sequence[Sample], cache: LatentCache | None = None) -> Rows:
         """The data set as the step needs it, one row a sample.
