@@ -38,6 +38,10 @@ class ModelError(CrismError):
     """Weights that cannot be had or loaded, or a model that does not fit the data."""
 
 
+class UnwrittenError(ModelError):
+    """A checkpoint or a state to resume from that cannot be written (a full disk); what was there before is whole."""
+
+
 class TrainingError(CrismError):
     """Training that cannot go on (a non-finite loss)."""
 

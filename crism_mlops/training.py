@@ -73,7 +73,7 @@ def train(
     `on_epoch(epoch, mean loss, last)` after each epoch, with the averaged weights where there are
     any: it returns whether that is enough. Both count from 1; what they raise ends the loop. What
     on_epoch keeps in `notes` (JSON content) is there again when `on_resume(step)` is called. Raises TrainingError when
-    losses are not finite, memory is short even for one sample, or a state cannot be written.
+    losses are not finite or memory is short even for one sample, UnwrittenError when a state cannot be written.
     """
     import torch
     from accelerate import Accelerator

@@ -13,7 +13,7 @@ from test_models import config_of, make_parts, make_samples
 from test_training import UNET, Recorder, linear_truth, run
 
 from crism_mlops.config import EngineConfig, LoraConfig, TrainConfig
-from crism_mlops.errors import TrainingError
+from crism_mlops.errors import TrainingError, UnwrittenError
 from crism_mlops.models import lora
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.latents import weights_digest
@@ -237,7 +237,7 @@ def test_a_full_disk_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(resume, "sync", full)
-    with pytest.raises(TrainingError, match=r"cannot be written .*No space left.*the one before it is kept"):
+    with pytest.raises(UnwrittenError, match=r"cannot be written .*No space left.*the one before it is kept"):
         folder.save(2, tensors, {"progress": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["state-000000001"]
     found = folder.load()

@@ -16,7 +16,7 @@ from trackers import new_tracker, optuna_store, small_scenes, small_sweep
 
 from crism_mlops.config import RunConfig, SplitConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import EvaluationError, StudyError, TrackingError
+from crism_mlops.errors import EvaluationError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.models.checkpoint import read_checkpoint
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies import study as study_module
@@ -35,7 +35,7 @@ def value_of(config: RunConfig) -> float:
 
 class Trials:
     """Stands for run_trial. `script` says what happens to the trials in turn: ok, prune, fail, nan,
-    interrupt, terminate or offline; ok once it is used up."""
+    interrupt, terminate, offline or full (a disk); ok once it is used up."""
 
     def __init__(self) -> None:
         self.script: list[str] = []
@@ -67,6 +67,8 @@ class Trials:
                 raise KeyboardInterrupt
             if what == "terminate":
                 os.kill(os.getpid(), signal.SIGTERM)
+            if what == "full":
+                raise UnwrittenError("no space left on device; make room")
             if what == "offline":
                 raise TrackingError("the server went away")
         value = value_of(config)
@@ -310,6 +312,17 @@ def test_interrupted_trial_is_tried_again(bench: Bench, how: str) -> None:
     assert "crism.stopped" not in bench.tracker.run(run.run_id).tags
     assert not (bench.folder / "work" / "small").exists()
     assert bench.parent().status == "FINISHED"
+
+
+def test_a_full_disk_ends_the_call_and_loses_no_trial(bench: Bench) -> None:
+    with pytest.raises(UnwrittenError, match="make room"):
+        bench.run(small_sweep(), "ok", "full")
+    assert bench.states() == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert bench.runs()[1].tags["crism.stopped"] == "interrupted"
+    assert bench.heard == [(0, "FINISHED"), (1, "INTERRUPTED")]
+    summary = bench.run(small_sweep())
+    assert (summary.complete, summary.failed, summary.interrupted) == (3, 0, 1)
+    assert bench.trials.configs[2] == bench.trials.configs[1]
 
 
 def test_interrupted_before_the_trial_has_a_run(bench: Bench) -> None:

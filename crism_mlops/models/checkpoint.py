@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from crism_mlops.config import RunConfig
 from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.variants import InputTransform
-from crism_mlops.errors import ModelError
+from crism_mlops.errors import ModelError, UnwrittenError
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.residual import LinearResidual
@@ -57,7 +57,10 @@ class Checkpoint:
 
 
 def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """Write a model's folder, replacing an older one; returns the checkpoint with file digests."""
+    """Write a model's folder, replacing an older one; returns the checkpoint with file digests.
+
+    Raises UnwrittenError where it cannot be written; the older one is kept.
+    """
     from safetensors import SafetensorError
 
     partial = folder.with_name(f".{folder.name}.partial")
@@ -96,7 +99,7 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
     # A full disk is an OSError to Python's writers and a SafetensorError to that of weights.
     except (OSError, SafetensorError) as error:
         kept = "the previous one is kept; " if folder.exists() else ""
-        raise ModelError(
+        raise UnwrittenError(
             f"{folder}: the checkpoint cannot be written ({error}); {kept}make room or give another folder"
         ) from error
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crism_mlops.errors import TrainingError, one_line
+from crism_mlops.errors import TrainingError, UnwrittenError, one_line
 from crism_mlops.models.checkpoint import sync
 from crism_mlops.models.rows import Tensors
 
@@ -37,7 +37,7 @@ class ResumeFolder:
         self.identity = identity
 
     def save(self, step: int, tensors: Tensors, content: dict[str, Any]) -> None:
-        """Write a state and remove the older ones. Raises TrainingError where it cannot be written; the
+        """Write a state and remove the older ones. Raises UnwrittenError where it cannot be written; the
         older one is kept."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -57,9 +57,9 @@ class ResumeFolder:
             partial.rename(place)
             sync_parent(place)
         except (OSError, SafetensorError) as error:
-            raise TrainingError(
+            raise UnwrittenError(
                 f"{place}: the state to resume from cannot be written ({one_line(error)}); the one before it is kept: "
-                "make room, then run the same command again"
+                "make room, then run the same command again, which goes on"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)

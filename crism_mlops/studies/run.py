@@ -20,7 +20,7 @@ from crism_mlops.config import RunConfig, digest_of, error_sign
 from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, TestSplit
 from crism_mlops.dataset.prompts import scene_lacks, scene_prompt
 from crism_mlops.dataset.variants import channels
-from crism_mlops.errors import EvaluationError, TrackingError
+from crism_mlops.errors import EvaluationError, StoreError, TrackingError, UnwrittenError
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
 from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.evaluation.panels import Case, calibration_figure, panel
@@ -41,6 +41,11 @@ log = logging.getLogger(__name__)
 Predict = Callable[[Sequence[Pair]], Predicted]
 # Of a trial's training time, at most so much goes into validation by default.
 VALIDATION_SHARE = 0.15
+
+
+# Not the trial's fault, and the next one would end the same way: it is interrupted, and goes on once the
+# server answers or there is room on the disk.
+INTERRUPTING = (TrackingError, StoreError, UnwrittenError)
 
 
 class TrialEnded(Exception):  # noqa: N818 -- no error
@@ -147,8 +152,8 @@ def run_trial(
             run_id, best, model_card(config, manifest, checkpoint), channels=channels(config.data.variant)
         )
         tracker.tags(run_id, {"crism.model_id": model_id, "crism.ended_by": fitted.ended})
-    except TrackingError:
-        raise  # Nobody heard of the end: the trial is interrupted.
+    except INTERRUPTING:
+        raise
     except TrialEnded:
         shutil.rmtree(work, ignore_errors=True)
         raise

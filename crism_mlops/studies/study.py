@@ -20,11 +20,11 @@ from optuna.trial import TrialState
 from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import EvaluationError, StudyError, TrackingError, one_line
+from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError, one_line
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.reconcile import INTERRUPTED, first_number, settle, tell_failed
-from crism_mlops.studies.run import Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
+from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
 from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, shown, sqlite_path
 
@@ -92,7 +92,7 @@ def run_study(
         try:
             _log_all_floors(call)
             _run_trials(call)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoreError, UnwrittenError):
             for number in settle(study, tracker):
                 listener.ended(number, "INTERRUPTED", None, "")
             _log_totals(study, tracker, parent)
@@ -281,8 +281,8 @@ def _run_trials(call: _Call) -> None:
 def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str]:
     """Run one trial and leave both trackers agreeing; returns its state, its objective and a reason.
 
-    MLflow hears of the end first, then Optuna: `settle` relies on that. KeyboardInterrupt and
-    TrackingError pass through and leave the trial to `settle`.
+    MLflow hears of the end first, then Optuna: `settle` relies on that. KeyboardInterrupt and what
+    is INTERRUPTING pass through and leave the trial to `settle`.
     """
     sweep, tracker = call.sweep, call.tracker
     number = first_number(trial)
@@ -313,7 +313,7 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
         work = call.work / f"{number:04d}"
         done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, hooks)
         _constrain(sweep, trial, done, tracker)
-    except TrackingError:
+    except INTERRUPTING:
         raise
     except PrunedTrial as pruned:
         tracker.stop(run_id, "pruned", str(pruned))
