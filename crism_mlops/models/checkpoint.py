@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,7 @@ from crism_mlops.config import RunConfig
 from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.variants import InputTransform
 from crism_mlops.errors import ModelError, UnwrittenError
+from crism_mlops.interrupts import holding_interrupts
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.residual import LinearResidual
@@ -61,16 +63,12 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
 
     Raises UnwrittenError where it cannot be written; the older one is kept.
     """
-    from safetensors import SafetensorError
+    files: dict[str, str] = {}
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    previous = folder.with_name(f".{folder.name}.previous")
-    try:
-        for leftover in (partial, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def write(partial: Path) -> None:
         model.save(partial)
-        files = {p.relative_to(partial).as_posix(): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        found = (p for p in sorted(partial.rglob("*")) if p.is_file())
+        files.update({p.relative_to(partial).as_posix(): file_digest(p) for p in found})
         content = {
             "format": FORMAT,
             "config": checkpoint.config.model_dump(mode="json"),
@@ -87,25 +85,45 @@ def save_checkpoint(model: UNet | InstructPix2Pix, folder: Path, checkpoint: Che
             "residual": None if checkpoint.residual is None else asdict(checkpoint.residual),
         }
         (partial / CARD).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    write_whole(folder, "the checkpoint", write)
+    return replace(checkpoint, files=files)
+
+
+def write_whole(folder: Path, what: str, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder under a temporary name, put it on the disk, and rename it in place of an older one.
+
+    `what` is its name for an error. Raises ModelError where it cannot be written; the older one is kept.
+    """
+    from safetensors import SafetensorError
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    previous = folder.with_name(f".{folder.name}.previous")
+    try:
+        for leftover in (partial, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
         sync(partial)
-        if folder.exists():
-            folder.rename(previous)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if previous.exists():
-                previous.rename(folder)
-            raise
+        # Between the two names there is none: Ctrl-C waits.
+        with holding_interrupts():
+            if folder.exists():
+                folder.rename(previous)
+            try:
+                partial.rename(folder)
+            except BaseException:
+                if previous.exists():
+                    previous.rename(folder)
+                raise
     # A full disk is an OSError to Python's writers and a SafetensorError to that of weights.
     except (OSError, SafetensorError) as error:
         kept = "the previous one is kept; " if folder.exists() else ""
         raise UnwrittenError(
-            f"{folder}: the checkpoint cannot be written ({error}); {kept}make room or give another folder"
+            f"{folder}: {what} cannot be written ({error}); {kept}make room or give another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
-    return replace(checkpoint, files=files)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -141,7 +159,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if extra := sorted(n for n in found - set(checkpoint.files) if n.endswith(".safetensors")):
         raise ModelError(f"{folder}: {', '.join(extra)} not named in {CARD}; a checkpoint's weights are those it names")
     for name, digest in checkpoint.files.items():
-        if _digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise ModelError(f"{folder / name}: does not match its digest in {CARD}; the file was changed or damaged")
     return checkpoint
 
@@ -195,7 +213,8 @@ def sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     content = sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(1 << 20):
