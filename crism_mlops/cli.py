@@ -17,6 +17,7 @@ import typer
 
 from crism_mlops.cli_data import data_app
 from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
+from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
 from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
 
@@ -215,6 +216,7 @@ def promote(
 
 app.command()(evaluate)
 app.command()(prompts)
+app.command("train-vae")(train_vae)
 
 
 @app.command()

@@ -310,6 +310,7 @@ def audit_(
     from crism_mlops.dataset.build import check_data
     from crism_mlops.dataset.manifest import build_manifest
     from crism_mlops.scenes.sources import load_scenes
+    from crism_mlops.studies.input_vae import input_vaes_seen
     from crism_mlops.studies.study import input_manifests
 
     sweep = load_sweep(file, tuple(set_ or []))
@@ -318,7 +319,8 @@ def audit_(
         scenes = load_scenes(sweep.data, lambda done, total: say("scenes", done, total))
         manifest = build_manifest(scenes, sweep.data, sweep.split)
         others = list(input_manifests(sweep, scenes, manifest).values())
-        report = audit(manifest, sweep.audit, lambda done, total: say("audit", done, total), others)
+        seen = input_vaes_seen(sweep)
+        report = audit(manifest, sweep.audit, lambda done, total: say("audit", done, total), others, seen)
     if as_json:
         print_json({"data_digest": manifest.digest, **report.as_json()})
     else:
@@ -333,5 +335,10 @@ def audit_(
             colour = colours[row["verdict"]]
             table.add_row(row["check"], f"[{colour}]{row['verdict']}[/]", escape(row["finding"]))
         console(140).print(table)
-    logging.getLogger("crism_mlops.dataset.audit").setLevel(logging.ERROR)  # The table says it already.
-    require_clean(report, sweep.audit)
+    told = logging.getLogger("crism_mlops.dataset.audit")
+    level = told.level
+    told.setLevel(logging.ERROR)  # The table says it already.
+    try:
+        require_clean(report, sweep.audit)
+    finally:
+        told.setLevel(level)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from crism_mlops.config import EngineConfig, TrainConfig
 from crism_mlops.errors import TrainingError
 from crism_mlops.interrupts import holding_interrupts
+from crism_mlops.models.autoencoder import InputAutoencoder
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.resume import ResumeFolder, random_states, restore_random
 from crism_mlops.models.rows import Rows, Tensors, batches
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+Trainable = UNet | InstructPix2Pix | InputAutoencoder
 Ended = Literal["epochs", "patience", "time"]
 
 
@@ -54,7 +56,7 @@ class Trained:
 
 
 def train(
-    model: UNet | InstructPix2Pix,
+    model: Trainable,
     data: Rows,
     weights: torch.Tensor,
     config: TrainConfig,
@@ -223,7 +225,7 @@ def train(
 
 
 def _step(
-    model: UNet | InstructPix2Pix,
+    model: Trainable,
     drawn: Tensors,
     optimizer: Any,
     parameters: list[torch.nn.Parameter],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ _REMEDIES = {
     "duplicates": "remove the copies",
     "near-duplicates": "remove the copies (audit.duplicate_bits says how alike two images may be)",
     "statistics": "fit the transform on the train scenes of this split",
+    "input autoencoder": "train another one on the train scenes of this split (crism-mlops train-vae)",
 }
 
 
@@ -64,11 +65,13 @@ def audit(
     config: AuditConfig,
     on_scene: Callable[[int, int], None] | None = None,
     others: Sequence[Manifest] = (),
+    learned: Mapping[str, Mapping[str, Sequence[str]] | None] | None = None,
 ) -> AuditReport:
     """Look at every scene of train, validation and test once, one at a time, then compare what was kept.
 
     `others` are the same scenes and split in a sweep's other variants: of these, what was fitted is
-    looked at. What is kept of a scene is about 6 kB. `on_scene(done, total)` is called after each.
+    looked at. `learned` tells, by name, what parts of a sweep's models that come trained have seen: see
+    `checks.learned_before`. What is kept of a scene is about 6 kB. `on_scene(done, total)` is called after each.
     Raises DatasetError if a scene lacks a band of the variant.
     """
     total = sum(len(getattr(manifest.split, name)) for name in PARTS)
@@ -86,6 +89,7 @@ def audit(
             checks.places(records),
             *checks.duplicates(records, config.duplicate_bits),
             *_statistics_of([manifest, *(m for m in others if m is not manifest)]),
+            *(checks.learned_before(records, name, seen) for name, seen in (learned or {}).items()),
             checks.class_balance(records, len(manifest.split.test_balanced)),
             checks.saturated(records, channels, config.saturated_share),
             checks.crushed(records, channels),

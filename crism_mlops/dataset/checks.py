@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -71,11 +71,35 @@ class Record:
     @property
     def number(self) -> str:
         """What tells an observation: its number, whatever class and case it is written with."""
-        match = _OBSERVATION.match(self.observation_id.casefold())
-        return f"{int(match[2], 16):08x}" if match else self.observation_id.casefold()
+        return observation_number(self.observation_id)
 
     def __str__(self) -> str:
         return f"{self.observation_id} ({self.split})"
+
+
+def observation_number(observation_id: str) -> str:
+    """The number of an observation, 8 hex digits; the id in lower case where it has none."""
+    match = _OBSERVATION.match(observation_id.casefold())
+    return f"{int(match[2], 16):08x}" if match else observation_id.casefold()
+
+
+def learned_before(records: Sequence[Record], name: str, seen: Mapping[str, Sequence[str]] | None) -> Finding:
+    """A part of the model that comes trained has seen no held-out scene.
+
+    `seen`: ids that it was trained on ("train") and chosen by ("validation"); None where nobody knows.
+    """
+    check = "input autoencoder"
+    if seen is None:
+        return Finding(check, "warning", f"{name} has no card: nobody can say which scenes it was trained on")
+    leaks = []
+    for part, held_out in (("train", ("validation", "test")), ("validation", ("test",))):
+        numbers = {observation_number(i) for i in seen.get(part, ())}
+        leaks += [r for r in records if r.split in held_out and r.number in numbers and r not in leaks]
+    if leaks:
+        worst = f"{counted(len(leaks), 'scene')} held out here: {shown(map(str, leaks))}"
+        return _finding(check, "leak", f"{name} was trained on, or chosen by, {worst}", [leaks])
+    held = sum(r.split != "train" for r in records)
+    return Finding(check, "ok", f"{name} was trained on none of the {counted(held, 'scene')} held out here")
 
 
 def observations(records: Sequence[Record]) -> Finding:

@@ -364,7 +364,7 @@ def build(
     residual: LinearResidual | None = None,
 ) -> InstructPix2Pix:
     """The model that a trial starts from; `channels` of its input. Raises ModelError where weights cannot be had."""
-    parts = _load_parts(str(tiny_folder()) if config.pretrained == TINY else config.pretrained)
+    parts = _load_parts(_source(config))
     if config.vae is not None and config.scratch_unet is not None:
         parts["vae"] = _load_autoencoder("vae", config.vae, 3)
     if channels != 3:
@@ -419,6 +419,18 @@ def load(
 def tiny_folder() -> Path:
     """The folder of the tiny InstructPix2Pix that ships with the package."""
     return Path(str(files("crism_mlops.models") / TINY))
+
+
+def load_vae(config: InstructPix2PixModel) -> Any:
+    """The three-channel autoencoder of a configuration: of its targets, and of inputs of three channels.
+
+    Raises ModelError where weights cannot be had.
+    """
+    return _load_parts(_source(config))["vae"] if config.vae is None else _load_autoencoder("vae", config.vae, 3)
+
+
+def _source(config: InstructPix2PixModel) -> str:
+    return str(tiny_folder()) if config.pretrained == TINY else config.pretrained
 
 
 def _load_parts(source: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from crism_mlops.models.residual import fit_residual
 from crism_mlops.models.resume import ResumeFolder
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.build import open_store
+from crism_mlops.studies.input_vae import scenes_seen
 from crism_mlops.tracking import Tracker, flat_json
 from crism_mlops.training import Ended, train
 
@@ -197,6 +198,7 @@ def fit(
     hooks.phase("preparing")
     model = build_model(config, manifest, resolve_device(config.device))
     lacking = check_prompts(model, manifest)
+    seen = scenes_seen(config, manifest)
     samples = manifest.samples()
     cache = LatentCache(open_store(config.data))
     data = model.prepare(samples, cache)
@@ -250,7 +252,7 @@ def fit(
                 {},
                 manifest.carbonate,
                 manifest.filters,
-                {"train": manifest.split.train, "validation": manifest.split.validation},
+                seen,
                 model.residual,
             )
             save_checkpoint(model, place, checkpoint)

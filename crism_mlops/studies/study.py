@@ -23,6 +23,7 @@ from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError, one_line
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
+from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
 from crism_mlops.studies.reconcile import INTERRUPTED, first_number, settle, tell_failed
 from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
 from crism_mlops.studies.search_space import input_variants, suggest
@@ -30,7 +31,9 @@ from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, 
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
-_NAMES = {"scenes_digest": "scenes or their split (digest)"}
+_NAMES = {
+    "scenes_digest": "scenes or their split (digest)", "input_vae_digest": "weights of model.input_vae (digest)"
+}  # fmt: skip
 
 
 def default_storage() -> str:
@@ -70,17 +73,18 @@ def run_study(
 ) -> Summary:  # fmt: skip
     """Run a study up to its total of finished and pruned trials; continue it where it stands.
 
-    Raises DatasetError if something leaks from train to test, StudyError if the stored study is
-    another one (data, objective or space differ), if it is running in another process, or after
-    `max_failures` failed trials; KeyboardInterrupt after ending the running trial cleanly.
+    Raises DatasetError if something leaks from train to test, ModelError where model.input_vae is no autoencoder,
+    StudyError if the stored study is another one (data, objective or space differ), if it is running in another
+    process, or after `max_failures` failed trials; KeyboardInterrupt after ending the running trial cleanly.
     """
     listener = listener or Listener()
     work_root = work_root or DEFAULT_ROOT / "work"
     with study_lock(sweep.study, work_root), terminate_as_interrupt(), _storage_errors():
+        seen = input_vaes_seen(sweep)
         base = build_manifest(scenes, sweep.data, sweep.split)
         # Before anything is made: a study on data that leaks is worth nothing.
         manifests = input_manifests(sweep, scenes, base)
-        found = audit(base, sweep.audit, others=list(manifests.values()))
+        found = audit(base, sweep.audit, others=list(manifests.values()), learned=seen)
         require_clean(found, sweep.audit)
         study = open_study(sweep, base, storage)
         settle(study, tracker)
@@ -142,7 +146,9 @@ def open_study(sweep: SweepConfig, base: Manifest, storage: str | None) -> optun
         direction=sweep.objective.direction,
         load_if_exists=True,
     )
-    identity = json.loads(json.dumps({**sweep.identity, "scenes_digest": base.scenes_digest}))
+    # A folder's name stays when another autoencoder is written to it.
+    vaes = {"input_vae_digest": digests} if (digests := input_vae_digests(sweep)) else {}
+    identity = json.loads(json.dumps({**sweep.identity, "scenes_digest": base.scenes_digest, **vaes}))
     stored = study.user_attrs.get("crism.identity")
     if stored is None:
         # The identity comes last: what is compared below is whole, or not there.
