@@ -8,15 +8,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import EngineConfig, TrainConfig
 from crism_mlops.errors import TrainingError
 from crism_mlops.interrupts import holding_interrupts
 from crism_mlops.models.autoencoder import InputAutoencoder
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
-from crism_mlops.models.resume import ResumeFolder, random_states, restore_random
+from crism_mlops.models.resume import Progress, ResumeFolder, TrainingState
 from crism_mlops.models.rows import Rows, Tensors, batches
 from crism_mlops.models.unet import UNet
 
@@ -25,33 +25,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Trainable = UNet | InstructPix2Pix | InputAutoencoder
-Ended = Literal["epochs", "patience", "time"]
-
-
-@dataclass
-class Progress:
-    """Where a training stands: epochs that are done, batches of the next one, steps taken; bad_steps one
-    after the other; the sum of this epoch's losses; seconds of training, over all calls. notes: what
-    the caller of `train` has to know again, JSON content."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    bad_steps: int = 0
-    losses: float = 0.0
-    counted: int = 0
-    seconds: float = 0.0
-    micro_batch: int | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How a training ended: steps taken, seconds, why; the micro-batch that memory allowed."""
+    """How a training ended: steps taken, seconds; why (epochs, patience or time); the micro-batch that memory
+    allowed."""
 
     steps: int
     seconds: float
-    ended: Ended
+    ended: str
     micro_batch: int
 
 
@@ -103,57 +86,12 @@ def train(
     count = -(-len(data) // config.batch_size)
     total = count * config.epochs
     progress = Progress(micro_batch=engine.micro_batch, notes={} if notes is None else notes)
-    order = torch.empty(0, dtype=torch.int64)
-
-    def state() -> tuple[Tensors, dict[str, Any]]:
-        """Everything that the next step depends on."""
-        tensors: Tensors = {"order": order}
-        for m, module in enumerate(model.modules):
-            trained = {name for name, p in module.named_parameters() if p.requires_grad}
-            frozen = {name for name, _ in module.named_parameters()} - trained
-            tensors |= {f"model.{m}.{name}": t for name, t in module.state_dict().items() if name not in frozen}
-        for i, parameter in enumerate(parameters):
-            tensors |= {f"adam.{i}.{name}": t for name, t in adam.state.get(parameter, {}).items()}
-        if average is not None:
-            tensors |= {f"average.{i}": t for i, t in enumerate(average.shadow_params)}
-        own, generators = random_states(generator)
-        content = {
-            "progress": asdict(progress),
-            "random": generators,
-            "average": None if average is None else average.optimization_step,
-            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-        }
-        return {**tensors, **own}, content
-
-    def restore(tensors: Tensors, content: dict[str, Any]) -> None:
-        nonlocal order
-        order = tensors["order"]
-        for m, module in enumerate(model.modules):
-            prefix = f"model.{m}."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            module.load_state_dict(own, strict=False)
-        for i, parameter in enumerate(parameters):
-            prefix = f"adam.{i}."
-            adam.state[parameter] = {
-                n.removeprefix(prefix): t.to(parameter.device) for n, t in tensors.items() if n.startswith(prefix)
-            }
-        if average is not None:
-            average.shadow_params = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(parameters)]
-            average.optimization_step = content["average"]
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(content["scaler"])
-        restore_random(tensors, content["random"], generator)
-        for name, value in content["progress"].items():
-            if name != "notes":
-                setattr(progress, name, value)
+    state = TrainingState(model.modules, parameters, adam, average, accelerator.scaler, generator, progress)
+    if resume is not None and (found := resume.load()) is not None:
+        state.restore(*found)
         # What memory allowed last time, or less where the settings say so now.
         sizes = [size for size in (progress.micro_batch, engine.micro_batch) if size is not None]
         progress.micro_batch = min(sizes, default=None)
-        progress.notes.clear()
-        progress.notes.update(content["progress"]["notes"])
-
-    if resume is not None and (found := resume.load()) is not None:
-        restore(*found)
         log.info("going on after step %d of %d", progress.step, total)
         on_resume(progress.step)
     saved = begun = time.monotonic()
@@ -162,20 +100,20 @@ def train(
     def save() -> None:
         nonlocal saved
         if resume is not None:
-            resume.save(progress.step, *state())
+            resume.save(progress.step, *state.content())
             saved = time.monotonic()
 
-    ended: Ended = "epochs"
     whole = True
     try:
-        while progress.epoch < config.epochs and ended == "epochs":
-            if not len(order):
-                order = _order(weights, generator)
+        while not progress.ended:
+            up = False
+            if not len(state.order):
+                state.order = _order(weights, generator)
             for module in model.modules:
                 module.train()
             # Batches differ by one row at most: a last batch of a few leftovers would weigh each of them
             # more than the others, and batch normalisation has no statistics in a batch of one.
-            for batch in batches(data, order.tensor_split(count)[progress.batch :], model.device):
+            for batch in batches(data, state.order.tensor_split(count)[progress.batch :], model.device):
                 with holding_interrupts(limit=1):
                     whole = False
                     for group, rate in zip(adam.param_groups, rates, strict=True):
@@ -200,17 +138,17 @@ def train(
                     whole = True
                 on_step(progress.step, total, value)
                 if config.max_minutes is not None and progress.seconds >= 60.0 * config.max_minutes:
-                    ended = "time"
+                    up = True
                     break
             for module in model.modules:
                 module.eval()
-            last = ended == "time" or progress.epoch + 1 == config.epochs
+            last = up or progress.epoch + 1 == config.epochs
             with _averaged(average, parameters):
                 enough = on_epoch(progress.epoch + 1, progress.losses / max(progress.counted, 1), last)
             progress.epoch, progress.batch, progress.losses, progress.counted = progress.epoch + 1, 0, 0.0, 0
-            order = order[:0]
-            if enough and not last:
-                ended = "patience"
+            state.order = state.order[:0]
+            if last or enough:
+                progress.ended = "time" if up else "epochs" if last else "patience"
     except KeyboardInterrupt:
         # Between two steps all is whole (what follows an epoch is done again); in the middle of one
         # it was asked for a second time, to end at once.
@@ -221,7 +159,7 @@ def train(
     save()
     if average is not None:
         average.copy_to(parameters)
-    return Trained(progress.step, progress.seconds, ended, progress.micro_batch or config.batch_size)
+    return Trained(progress.step, progress.seconds, progress.ended, progress.micro_batch or config.batch_size)
 
 
 def _step(

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from crism_mlops.config import EngineConfig, TrainConfig, UNetModel
 from crism_mlops.errors import TrainingError
 from crism_mlops.models.latents import weights_digest
+from crism_mlops.models.resume import ResumeFolder
 from crism_mlops.models.rows import Rows, Tensors
 from crism_mlops.models.unet import UNet
 from crism_mlops.training import Trained, out_of_memory, train
@@ -429,3 +431,22 @@ def test_an_error_while_a_batch_is_gathered_ends_training() -> None:
     rows._places[2] = (7, 0)
     with pytest.raises(IndexError):
         train(Recorder(), rows, torch.ones(4), TrainConfig(batch_size=2, epochs=1), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"epochs": 3}, "epochs"), ({"epochs": 9}, "patience"), ({"epochs": 9, "max_minutes": 1e-9}, "time")],
+)
+def test_a_training_that_has_ended_does_not_go_on(tmp_path: Path, settings: dict[str, Any], why: str) -> None:
+    """What comes after it was interrupted: scoring is done again, no step is."""
+    config = TrainConfig(learning_rate=1e-2, batch_size=2, **settings)
+
+    def on_epoch(epoch: int, loss: float, last: bool) -> bool:
+        return epoch == 2 and settings["epochs"] == 9
+
+    first, second = Recorder(), Recorder()
+    done = run(first, 4, config, on_epoch=on_epoch, resume=ResumeFolder(tmp_path, "one"))
+    again = run(second, 4, config, on_epoch=on_epoch, resume=ResumeFolder(tmp_path, "one"))
+    assert (again.steps, again.ended) == (done.steps, done.ended) == (done.steps, why)
+    assert second.batches == []
+    assert second.module.weight.item() == first.module.weight.item()

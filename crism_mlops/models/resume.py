@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,25 @@ FORMAT = 1
 # A file holds about so much: safetensors are written from memory one file at a time.
 _FILE_BYTES = 1 << 30
 _PARTIAL = ".partial"
+
+
+@dataclass
+class Progress:
+    """Where a training stands: epochs that are done, batches of the next one, steps taken; bad_steps one
+    after the other; the sum of this epoch's losses; seconds of training, over all calls; why
+    it has ended, if so. notes: what
+    the caller of `train` has to know again, JSON content."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    bad_steps: int = 0
+    losses: float = 0.0
+    counted: int = 0
+    seconds: float = 0.0
+    micro_batch: int | None = None
+    ended: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class ResumeFolder:
@@ -123,6 +143,68 @@ def _files(tensors: Tensors) -> list[list[str]]:
         files[-1].append(name)
         size += tensor.nbytes
     return files
+
+
+class TrainingState:
+    """Everything that the next step depends on, as what a resume state holds."""
+
+    def __init__(
+        self,
+        modules: list[torch.nn.Module],
+        parameters: list[torch.nn.Parameter],
+        adam: torch.optim.Optimizer,
+        average: Any,
+        scaler: Any,
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> None:
+        self.modules, self.parameters, self.adam = modules, parameters, adam
+        self.average, self.scaler, self.generator, self.progress = average, scaler, generator, progress
+        # The rows of the running epoch; empty between two epochs.
+        self.order = generator.get_state()[:0].long()
+
+    def content(self) -> tuple[Tensors, dict[str, Any]]:
+        """Tensors and JSON content. Weights that are not trained are left out: they come with the model."""
+        tensors: Tensors = {"order": self.order}
+        for m, module in enumerate(self.modules):
+            frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+            tensors |= {f"model.{m}.{name}": t for name, t in module.state_dict().items() if name not in frozen}
+        for i, parameter in enumerate(self.parameters):
+            tensors |= {f"adam.{i}.{name}": t for name, t in self.adam.state.get(parameter, {}).items()}
+        if self.average is not None:
+            tensors |= {f"average.{i}": t for i, t in enumerate(self.average.shadow_params)}
+        own, generators = random_states(self.generator)
+        content = {
+            "progress": asdict(self.progress),
+            "random": generators,
+            "average": None if self.average is None else self.average.optimization_step,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+        return {**tensors, **own}, content
+
+    def restore(self, tensors: Tensors, content: dict[str, Any]) -> None:
+        """Put everything back to where `content` found it."""
+
+        def below(prefix: str) -> Tensors:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.order = tensors["order"]
+        for m, module in enumerate(self.modules):
+            module.load_state_dict(below(f"model.{m}."), strict=False)
+        for i, parameter in enumerate(self.parameters):
+            self.adam.state[parameter] = {n: t.to(parameter.device) for n, t in below(f"adam.{i}.").items()}
+        if self.average is not None:
+            shadows = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
+            self.average.shadow_params, self.average.optimization_step = shadows, content["average"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(content["scaler"])
+        restore_random(tensors, content["random"], self.generator)
+        for name, value in content["progress"].items():
+            if name != "notes":
+                setattr(self.progress, name, value)
+        # The caller's own dictionary: it is asked again.
+        self.progress.notes.clear()
+        self.progress.notes.update(content["progress"]["notes"])
 
 
 def random_states(generator: torch.Generator) -> tuple[Tensors, dict[str, Any]]:

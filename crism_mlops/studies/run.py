@@ -36,7 +36,7 @@ from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.build import open_store
 from crism_mlops.studies.input_vae import scenes_seen
 from crism_mlops.tracking import Tracker, flat_json
-from crism_mlops.training import Ended, train
+from crism_mlops.training import train
 
 log = logging.getLogger(__name__)
 Predict = Callable[[Sequence[Pair]], Predicted]
@@ -174,7 +174,7 @@ class Fitted:
     steps: int
     seconds: float
     validation_seconds: float
-    ended: Ended
+    ended: str
     micro_batch: int
     figures: dict[str, float]
 
