@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from test_models import SCRATCH, SIDE, config_of, make_parts, make_samples, make_scene, whole
-from trackers import small_sweep
+from trackers import small_scenes, small_sweep
 
 from crism_mlops.config import (
     DataConfig,
@@ -22,7 +22,7 @@ from crism_mlops.config import (
     TrainConfig,
     UNetModel,
 )
-from crism_mlops.dataset.manifest import Pair
+from crism_mlops.dataset.manifest import Pair, build_manifest
 from crism_mlops.dataset.prompts import render, scene_lacks, scene_prompt
 from crism_mlops.errors import ModelError
 from crism_mlops.evaluation.evaluate import round_trips
@@ -33,7 +33,8 @@ from crism_mlops.models.kept import Kept
 from crism_mlops.models.latents import weights_digest
 from crism_mlops.models.residual import LinearResidual, fit_residual
 from crism_mlops.models.unet import UNet
-from crism_mlops.studies.run import validation_interval
+from crism_mlops.studies import run as run_module
+from crism_mlops.studies.run import Hooks, validation_interval
 from crism_mlops.training import train
 
 
@@ -358,3 +359,35 @@ def test_validation_stays_below_its_share_of_the_arithmetic() -> None:
 def test_scratch_unet_fits(folder: str) -> None:
     model = instruct_pix2pix.build(config_of(pretrained=folder, scratch_unet=SCRATCH), 0)
     assert model.unet.config.in_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("objective", "chosen"), [("val/rmse", "b"), ("val_worst/rmse", "c"), ("val/pcc", "c"), ("val_worst/pcc", "a")]
+)
+def test_of_several_epochs_the_best_on_all_validation_scenes_wins(
+    objective: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"a": (3.0, 9.0), "b": (2.0, 8.0), "c": (math.nan, 7.0), "d": (4.0, math.nan)}
+    if objective == "val/pcc":
+        figures = {"a": (0.3, 0.1), "b": (0.5, 0.1), "c": (0.9, 0.1), "d": (math.nan, 0.1)}
+    if objective == "val_worst/pcc":
+        figures = {"a": (0.3, 0.6), "b": (0.5, 0.1), "c": (0.9, 0.1), "d": (0.9, 0.5)}
+
+    class Table:
+        def __init__(self, name: str) -> None:
+            self.mean, self.low = figures[name]
+
+        def means(self, protocol: str) -> dict[str, float]:
+            return {"rmse": self.mean, "pcc": self.mean}
+
+        def worst(self, metric: str) -> float:
+            return self.low
+
+    monkeypatch.setattr(run_module, "load_checkpoint", lambda folder, device: (folder.name, None))
+    monkeypatch.setattr(run_module, "predict", lambda model, config: lambda pairs: model)
+    monkeypatch.setattr(run_module, "score_pairs", lambda predicted, *more, **options: Table(predicted))
+    sweep = small_sweep()
+    manifest = build_manifest(small_scenes(), sweep.data, sweep.split)
+    kept = [Path(name) for name in figures]
+    assert run_module.choose(kept, manifest, sweep, objective, Hooks()).name == chosen
+    assert run_module.choose(kept[1:2], manifest, sweep, objective, Hooks()).name == "b"
