@@ -297,7 +297,7 @@ class EngineConfig(Section):
         None, ge=1, description="samples a forward pass, the rest of a batch is accumulated; null is the whole batch"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for one more forward pass")
-    channels_last: bool | None = Field(None, description="memory format of convolutions; null: on GPUs")
+    channels_last: bool | None = Field(None, description="memory format of convolutions; null: on GPUs, and for U-Nets")
     compile: bool = Field(False, description="torch.compile; needs a C++ compiler")
     save_minutes: float = Field(10.0, ge=0.0, description="between two resume states; 0 saves after every step")
 

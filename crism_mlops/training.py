@@ -65,13 +65,17 @@ def train(
     from accelerate.state import AcceleratorState
 
     engine = engine or EngineConfig()
+    if config.mixed_precision == "fp16" and not model.device.startswith("cuda"):
+        # accelerate would leave it out without a word.
+        raise TrainingError(f"train.mixed_precision: fp16 needs a GPU, this is {model.device}; use bf16 or no")
     # accelerate keeps the first precision of a process for good; a later trial may have another.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=model.device == "cpu", mixed_precision=config.mixed_precision)
     model.configure(engine)
-    on_gpu = model.device.startswith("cuda")
+    # On a CPU it makes the U-Net of convolutions faster (by a sixth), and attention no slower.
+    convolutions = model.device.startswith("cuda") or isinstance(model, UNet)
     for module in model.modules:
-        if engine.channels_last or (engine.channels_last is None and on_gpu):
+        if engine.channels_last or (engine.channels_last is None and convolutions):
             module.to(memory_format=torch.channels_last)
         if engine.compile:
             module.compile()

@@ -391,3 +391,12 @@ def test_of_several_epochs_the_best_on_all_validation_scenes_wins(
     kept = [Path(name) for name in figures]
     assert run_module.choose(kept, manifest, sweep, objective, Hooks()).name == chosen
     assert run_module.choose(kept[1:2], manifest, sweep, objective, Hooks()).name == "b"
+
+
+def test_a_pipeline_whose_tokenizer_has_no_files_is_refused(folder: str) -> None:
+    """transformers would make a vocabulary of two tokens, without a word."""
+    for file in Path(folder, "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(ModelError, match=r"its tokenizer knows \d+ tokens.*files are missing in tokenizer/"):
+        instruct_pix2pix.build(config_of(pretrained=folder), 0)

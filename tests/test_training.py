@@ -450,3 +450,8 @@ def test_a_training_that_has_ended_does_not_go_on(tmp_path: Path, settings: dict
     assert (again.steps, again.ended) == (done.steps, done.ended) == (done.steps, why)
     assert second.batches == []
     assert second.module.weight.item() == first.module.weight.item()
+
+
+def test_half_precision_needs_a_gpu() -> None:
+    with pytest.raises(TrainingError, match="fp16 needs a GPU, this is cpu; use bf16 or no"):
+        run(Recorder(), 4, TrainConfig(batch_size=2, epochs=1, mixed_precision="fp16"))

@@ -371,6 +371,11 @@ def build(
         # The configuration requires it for such a variant.
         assert config.input_vae is not None
         parts["input_vae"] = _load_autoencoder("input_vae", config.input_vae, channels)
+    elif "input_vae" in parts:
+        raise ModelError(
+            f"model.pretrained: {config.pretrained!r} has an input_vae of its own, for four channels, and this variant "
+            "has three; give a pipeline without one, or set data.variant to cassis4"
+        )
     return assemble(parts, config, seed, device, residual)
 
 
@@ -484,6 +489,12 @@ def _load_parts(source: str) -> dict[str, Any]:
     if channels == loaded.vae.config.latent_channels:
         raise ModelError(
             f"model.pretrained: {source!r} has a U-Net of {channels} input channels; InstructPix2Pix has 8: give one"
+        )
+    if len(loaded.tokenizer) < 256:
+        # Without its files, transformers makes a vocabulary of two, and every prompt is the same tokens.
+        raise ModelError(
+            f"{source}: its tokenizer knows {len(loaded.tokenizer)} tokens, CLIP's all 256 bytes and more; files are "
+            "missing in tokenizer/ (tokenizer.json, or vocab.json and merges.txt): write or download it again"
         )
     # A shipped file may be half precision; everything computes in single precision here.
     own = {"input_vae": loaded.input_vae.float()} if hasattr(loaded, "input_vae") else {}

@@ -192,9 +192,9 @@ class TrainingState:
         for m, module in enumerate(self.modules):
             module.load_state_dict(below(f"model.{m}."), strict=False)
         for i, parameter in enumerate(self.parameters):
-            self.adam.state[parameter] = {n: t.to(parameter.device) for n, t in below(f"adam.{i}.").items()}
+            self.adam.state[parameter] = {n: _laid_out(t, parameter) for n, t in below(f"adam.{i}.").items()}
         if self.average is not None:
-            shadows = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
+            shadows = [_laid_out(tensors[f"average.{i}"], p) for i, p in enumerate(self.parameters)]
             self.average.shadow_params, self.average.optimization_step = shadows, content["average"]
         if self.scaler is not None:
             self.scaler.load_state_dict(content["scaler"])
@@ -205,6 +205,19 @@ class TrainingState:
         # The caller's own dictionary: it is asked again.
         self.progress.notes.clear()
         self.progress.notes.update(content["progress"]["notes"])
+
+
+def _laid_out(tensor: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A tensor of a state on a parameter's device and, where it has its shape, in its memory format.
+
+    A file holds rows one after the other; fused AdamW goes through a parameter's memory and its
+    moments' side by side, and would pair the wrong ones where one of them is channels-last.
+    """
+    import torch
+
+    if tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def random_states(generator: torch.Generator) -> tuple[Tensors, dict[str, Any]]:
