@@ -34,7 +34,7 @@ from crism_mlops.config import (
 from crism_mlops.dataset.count import SceneCount, count_scenes
 from crism_mlops.dataset.manifest import build_manifest
 from crism_mlops.errors import ModelError, SceneError
-from crism_mlops.models import instruct_pix2pix, unet, weights
+from crism_mlops.models import instruct_pix2pix, parts, unet, weights
 from crism_mlops.models.blueprint import Blueprint, Part, blueprint, pretrained
 from crism_mlops.models.counting import Work
 from crism_mlops.models.latents import LatentCache
@@ -232,7 +232,7 @@ def test_parts_that_do_not_fit(tmp_path: Path) -> None:
         counted(tiny(scratch_unet=ScratchUNet(block_channels=(30, 60))))
     with pytest.raises(ModelError, match="gradient_checkpointing"):
         blueprint(resnet18(), 3, 64, EngineConfig(gradient_checkpointing=True), False)
-    folder = shutil.copytree(instruct_pix2pix.tiny_folder(), tmp_path / "tiny")
+    folder = shutil.copytree(parts.tiny_folder(), tmp_path / "tiny")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 4}))
     with pytest.raises(ModelError, match="4 input channels, the autoencoders of input and target make 4"):
@@ -246,7 +246,7 @@ def test_parts_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_an_autoencoder_of_four_bands(tmp_path: Path) -> None:
-    config = json.loads((instruct_pix2pix.tiny_folder() / "vae" / "config.json").read_text())
+    config = json.loads((parts.tiny_folder() / "vae" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "in_channels": 4}))
     model = tiny(input_vae=str(tmp_path))
     found, plain = counted(model, channels=4), counted(tiny())
@@ -283,7 +283,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--me--tiny"
     snapshot = repository / "snapshots" / ("a" * 40)
-    shutil.copytree(instruct_pix2pix.tiny_folder(), snapshot)
+    shutil.copytree(parts.tiny_folder(), snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     return snapshot
@@ -305,7 +305,7 @@ def test_files_of_the_hub_cache(cached: Path) -> None:
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
-    folder = shutil.copytree(instruct_pix2pix.tiny_folder(), tmp_path / "tiny")
+    folder = shutil.copytree(parts.tiny_folder(), tmp_path / "tiny")
     whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}
     whole.with_suffix(".safetensors.index.json").write_text(json.dumps(index))

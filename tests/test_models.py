@@ -29,8 +29,9 @@ from crism_mlops.dataset.samples import Sample, Samples, build_samples
 from crism_mlops.dataset.variants import fit_transform
 from crism_mlops.errors import ModelError
 from crism_mlops.models import instruct_pix2pix, unet
-from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, scratch_unet
+from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.latents import LatentCache, round_trip, weights_digest
+from crism_mlops.models.parts import pipeline, scratch_unet
 from crism_mlops.models.rows import Rows
 from crism_mlops.models.sampling import sampling_scheduler
 from crism_mlops.models.unet import UNet

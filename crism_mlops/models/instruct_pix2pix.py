@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.config import EngineConfig, InstructPix2PixModel, ScratchUNet, digest_of
+from crism_mlops.config import EngineConfig, InstructPix2PixModel, digest_of
 from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.samples import Block, Sample, blocks_of
 from crism_mlops.errors import ModelError
 from crism_mlops.models import lora
 from crism_mlops.models.latents import LatentCache, encode_distribution, round_trip, weights_digest
+from crism_mlops.models.parts import load_autoencoder, load_parts, pipeline, rescheduled, scratch_unet, source_of
 from crism_mlops.models.residual import LinearResidual
 from crism_mlops.models.rows import Rows, Tensors
 from crism_mlops.models.sampling import sampling_scheduler
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Encoded at once: one image of 512 px, whose activations take about a GB, or 64 of 64 px.
 ENCODE_PIXELS = 512 * 512
-TINY = "tiny"
-GROUPS = 16  # of channels, in the group normalisation of a U-Net made here
 
 
 class InstructPix2Pix:
@@ -339,23 +337,6 @@ class InstructPix2Pix:
         )
 
 
-def pipeline(**parts: Any) -> Any:
-    """The parts as a diffusers pipeline without a safety checker."""
-    return _pipeline_class("input_vae" in parts)(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-
-
-def _pipeline_class(own_input: bool) -> Any:
-    if own_input:
-        from crism_mlops.models.pipeline import BandsInstructPix2PixPipeline
-
-        return BandsInstructPix2PixPipeline
-    from diffusers import StableDiffusionInstructPix2PixPipeline
-
-    return StableDiffusionInstructPix2PixPipeline
-
-
 def build(
     config: InstructPix2PixModel,
     seed: int,
@@ -364,13 +345,13 @@ def build(
     residual: LinearResidual | None = None,
 ) -> InstructPix2Pix:
     """The model that a trial starts from; `channels` of its input. Raises ModelError where weights cannot be had."""
-    parts = _load_parts(_source(config))
+    parts = load_parts(source_of(config))
     if config.vae is not None and config.scratch_unet is not None:
-        parts["vae"] = _load_autoencoder("vae", config.vae, 3)
+        parts["vae"] = load_autoencoder("vae", config.vae, 3)
     if channels != 3:
         # The configuration requires it for such a variant.
         assert config.input_vae is not None
-        parts["input_vae"] = _load_autoencoder("input_vae", config.input_vae, channels)
+        parts["input_vae"] = load_autoencoder("input_vae", config.input_vae, channels)
     elif "input_vae" in parts:
         raise ModelError(
             f"model.pretrained: {config.pretrained!r} has an input_vae of its own, for four channels, and this variant "
@@ -398,7 +379,7 @@ def assemble(
     settings = {"prediction_type": config.prediction, "rescale_betas_zero_snr": config.zero_terminal_snr}
     changed = {k: v for k, v in settings.items() if v is not None and v != getattr(parts["scheduler"].config, k, None)}
     if changed:
-        parts["scheduler"] = _rescheduled(parts["scheduler"], changed)
+        parts["scheduler"] = rescheduled(parts["scheduler"], changed)
     if config.lora is not None:
         lora.adapt(parts["unet"], config.lora, seed)
     model = InstructPix2Pix(parts, config, device, residual)
@@ -407,156 +388,10 @@ def assemble(
     return model
 
 
-def _rescheduled(scheduler: Any, settings: dict[str, Any]) -> Any:
-    """The scheduler with other settings. Raises ModelError for a prediction that its noise does not allow."""
-    from diffusers import DDIMScheduler
-
-    # Pipelines that were published with another solver's class have settings that DDIM's shares.
-    made = DDIMScheduler.from_config(scheduler.config, **settings)
-    if made.config.rescale_betas_zero_snr:
-        made = DDIMScheduler.from_config(made.config, timestep_spacing="trailing")
-        if made.config.prediction_type == "epsilon":
-            raise ModelError(
-                "epsilon is predicted with zero terminal SNR: of pure noise, the noise says nothing of the image; set "
-                "model.prediction to v_prediction or sample, or model.zero_terminal_snr to false"
-            )
-    return made
-
-
 def load(
     folder: Path, config: InstructPix2PixModel, device: str = "cpu", residual: LinearResidual | None = None
 ) -> InstructPix2Pix:
     """A model from a checkpoint's pipeline folder."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give the folder of a saved pipeline")
-    return InstructPix2Pix(_load_parts(str(folder)), config, device, residual)
-
-
-def tiny_folder() -> Path:
-    """The folder of the tiny InstructPix2Pix that ships with the package."""
-    return Path(str(files("crism_mlops.models") / TINY))
-
-
-def load_vae(config: InstructPix2PixModel) -> Any:
-    """The three-channel autoencoder of a configuration: of its targets, and of inputs of three channels.
-
-    Raises ModelError where weights cannot be had.
-    """
-    return _load_parts(_source(config))["vae"] if config.vae is None else _load_autoencoder("vae", config.vae, 3)
-
-
-def _source(config: InstructPix2PixModel) -> str:
-    return str(tiny_folder()) if config.pretrained == TINY else config.pretrained
-
-
-def pretrained_folder(source: str) -> Path | None:
-    """The folder that is meant, None for a hub's name. Raises ModelError for a folder that is not there."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ModelError(f"model.pretrained: no folder {source!r}; give one in diffusers layout, or use tiny")
-    return None
-
-
-def _load_parts(source: str) -> dict[str, Any]:
-    import torch
-
-    folder = pretrained_folder(source)
-    local = folder is not None
-    try:
-        loaded = _pipeline_class(folder is not None and (folder / "input_vae").is_dir()).from_pretrained(
-            source if folder is None else str(folder),
-            dtype=torch.float32,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    except Exception as error:
-        # The hub's client and six libraries' readers raise a dozen kinds of error here.
-        reason = " ".join(str(error).split())[:160]
-        if local:
-            raise ModelError(
-                f"{folder}: not an InstructPix2Pix pipeline in diffusers layout with safetensors "
-                f"({type(error).__name__}: {reason}); write or download it again"
-            ) from error
-        raise ModelError(
-            f"model.pretrained: {source!r} cannot be loaded ({reason}); where the hub cannot be reached, download "
-            "it elsewhere and give its folder with --set model.pretrained=FOLDER, or use model.pretrained=tiny"
-        ) from error
-    channels = loaded.unet.config.in_channels
-    if channels == loaded.vae.config.latent_channels:
-        raise ModelError(
-            f"model.pretrained: {source!r} has a U-Net of {channels} input channels; InstructPix2Pix has 8: give one"
-        )
-    if len(loaded.tokenizer) < 256:
-        # Without its files, transformers makes a vocabulary of two, and every prompt is the same tokens.
-        raise ModelError(
-            f"{source}: its tokenizer knows {len(loaded.tokenizer)} tokens, CLIP's all 256 bytes and more; files are "
-            "missing in tokenizer/ (tokenizer.json, or vocab.json and merges.txt): write or download it again"
-        )
-    # A shipped file may be half precision; everything computes in single precision here.
-    own = {"input_vae": loaded.input_vae.float()} if hasattr(loaded, "input_vae") else {}
-    return {
-        **own,
-        "vae": loaded.vae.float(),
-        "unet": loaded.unet.float(),
-        "text_encoder": loaded.text_encoder.float(),
-        "tokenizer": loaded.tokenizer,
-        "scheduler": loaded.scheduler,
-    }
-
-
-def _load_autoencoder(key: str, place: str, channels: int) -> Any:
-    """An autoencoder in diffusers layout that model.KEY names."""
-    import json
-
-    import diffusers
-    from safetensors import SafetensorError
-
-    folder = Path(place).expanduser()
-    try:
-        kind = json.loads((folder / "config.json").read_text())["_class_name"]
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ModelError(f"model.{key}: {folder} holds a {kind}; expected AutoencoderKL or AutoencoderTiny")
-        loaded = getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True).float()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"model.{key}: {folder} is not an autoencoder in diffusers layout ({' '.join(str(error).split())[:120]})"
-        ) from error
-    if loaded.config.in_channels != channels:
-        raise ModelError(
-            f"model.{key}: {folder} encodes images of {loaded.config.in_channels} channels, expected {channels}"
-        )
-    return loaded
-
-
-def scratch_unet(config: ScratchUNet, parts: dict[str, Any], seed: int) -> Any:
-    """A randomly initialised U-Net with 8 input channels that fits the other parts."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    widths = config.block_channels
-    latent = parts["vae"].config.latent_channels
-    if any(w % GROUPS for w in widths) or any(w % config.attention_heads for w in widths[1:]):
-        raise ModelError(
-            f"model.scratch_unet.block_channels: found {list(widths)}; all must be multiples of {GROUPS} (groups of "
-            f"the normalisation), and all but the first of attention_heads ({config.attention_heads})"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return UNet2DConditionModel(
-            sample_size=32,
-            in_channels=latent + parts.get("input_vae", parts["vae"]).config.latent_channels,
-            out_channels=latent,
-            block_out_channels=widths,
-            layers_per_block=config.layers_per_block,
-            # Attention is left to the coarser levels, where context is cheap.
-            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (len(widths) - 1)),
-            up_block_types=(*["CrossAttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"),
-            cross_attention_dim=parts["text_encoder"].config.hidden_size,
-            # diffusers' name for the number of heads.
-            attention_head_dim=config.attention_heads,
-            norm_num_groups=GROUPS,
-        )
+    return InstructPix2Pix(load_parts(str(folder)), config, device, residual)

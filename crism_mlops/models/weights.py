@@ -10,7 +10,7 @@ from typing import Any
 
 from crism_mlops.config import InstructPix2PixModel, UNetModel
 from crism_mlops.errors import ModelError
-from crism_mlops.models.instruct_pix2pix import TINY, pretrained_folder, tiny_folder
+from crism_mlops.models.parts import TINY, pretrained_folder, tiny_folder
 
 # The parts of a pipeline folder that hold weights, and how the libraries call the files.
 _STEMS = {

@@ -24,8 +24,9 @@ from crism_mlops.config import DataConfig, InstructPix2PixModel, ScratchUNet, Va
 from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.dataset.variants import InputTransform, fit_transform, target_image
 from crism_mlops.evaluation.lpips_weights import load_lpips
-from crism_mlops.models.instruct_pix2pix import InstructPix2Pix, pipeline, scratch_unet
+from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.models.latents import encode_distribution, round_trip
+from crism_mlops.models.parts import pipeline, scratch_unet
 from crism_mlops.products.observations import open_observation
 from crism_mlops.products.regions import REGIONS
 from crism_mlops.products.simulate import Simulation, write_observation

@@ -14,7 +14,6 @@ from pydantic import Field, ValidationError
 from crism_mlops.config import InstructPix2PixModel, Section, SweepConfig, TrainConfig, load_sweep
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import ConfigError, DatasetError, ModelError, TrainingError
-from crism_mlops.models import instruct_pix2pix
 from crism_mlops.models.autoencoder import (
     AutoencoderCard,
     InputAutoencoder,
@@ -23,6 +22,7 @@ from crism_mlops.models.autoencoder import (
     widened,
 )
 from crism_mlops.models.latents import weights_digest
+from crism_mlops.models.parts import load_vae
 from crism_mlops.models.rows import Rows
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.run import resolve_device, seed_everything
@@ -109,7 +109,7 @@ def train_vae(
     hooks = hooks or VaeHooks()
     manifest = build_manifest(scenes, sweep.data, sweep.split)
     seed_everything(sweep.seed)
-    started = instruct_pix2pix.load_vae(model)
+    started = load_vae(model)
     autoencoder = InputAutoencoder(widened(started), settings.kl_weight, resolve_device(sweep.device))
     data, held_out = _rows(autoencoder, manifest, hooks)
     history = [{"epoch": 0, "loss": None, **autoencoder.measure(held_out)}]

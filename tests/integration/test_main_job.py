@@ -33,7 +33,7 @@ from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.dataset.prompts import scene_prompt
 from crism_mlops.evaluation.evaluate import noise_seed, predict_pairs, score_pairs
 from crism_mlops.models.checkpoint import load_checkpoint
-from crism_mlops.models.instruct_pix2pix import TINY, tiny_folder
+from crism_mlops.models.parts import TINY, tiny_folder
 from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.tracking import RunInfo, Tracker, download_checkpoint
 
