@@ -89,7 +89,7 @@ def sweep(
     from crism_mlops.config import load_sweep
 
     overrides = list(set_ or [])
-    overrides += [f"trials={trials}"] if trials is not None else []
+    overrides += [f"budget.trials={trials}"] if trials is not None else []
     overrides += [f"study={new_study}"] if new_study is not None else []
     config = load_sweep(file, tuple(overrides))
     from crism_mlops.dataset.build import check_data
@@ -114,9 +114,9 @@ def sweep(
         progress.say(f"{config.study}: interrupted; the same command goes on from here")
         raise
     best = "" if summary.best_value is None else f"; best: trial {summary.best_number}, "
-    best += "" if summary.best_value is None else f"{config.objective.metric} {summary.best_value:.4g}"
+    best += "" if summary.best_value is None else f"{config.objective.first} {summary.best_value:.4g}"
     progress.say(
-        f"{config.study}: {summary.complete} finished, {summary.pruned} pruned of {config.trials} "
+        f"{config.study}: {summary.complete} finished, {summary.pruned} pruned of {config.budget.trials} "
         f"({summary.failed} failed, {summary.interrupted} interrupted){best}"
     )
 
@@ -128,7 +128,7 @@ def _print_dry_run(config: Any) -> None:
 
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
     typer.echo(
-        f"\n# search space, {config.trials} trials in all, {config.objective.direction} {config.objective.metric}"
+        f"\n# search space, {config.budget.trials} trials in all, {config.objective.direction} {config.objective.first}"
     )
     for line in describe(config) or ["(nothing is searched)"]:
         typer.echo(f"#   {line}")

@@ -290,8 +290,8 @@ def test_dry_run_parses_back(run: Any, tmp_path: Path, file: Path) -> None:
     ran = run("sweep", file, "--dry-run", "--trials", 7, "--new-study", "other", "--set", "train.epochs=4")
     assert ran.code == 0
     printed = SweepConfig.model_validate(yaml.safe_load(ran.out))
-    assert printed == load_sweep(file, ("trials=7", "study=other", "train.epochs=4"))
-    assert (printed.trials, printed.study, printed.train.epochs) == (7, "other", 4)
+    assert printed == load_sweep(file, ("budget.trials=7", "study=other", "train.epochs=4"))
+    assert (printed.budget.trials, printed.study, printed.train.epochs) == (7, "other", 4)
     assert "# search space, 7 trials in all, minimize val/rmse" in ran.out
     for line in describe(printed):
         assert f"#   {line}" in ran.out

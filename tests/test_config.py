@@ -26,7 +26,7 @@ from crism_mlops.errors import ConfigError
 UNET = """
 study: demo
 experiment: crism
-trials: 4
+budget: {trials: 4}
 data: {source: simulated, variant: pnr, resolution: 64}
 model: {kind: unet, encoder_weights: null}
 train:
@@ -68,10 +68,10 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert isinstance(config.model, UNetModel)
     assert config.model.encoder_weights is None
     assert config.train.learning_rate == 1e-4
-    assert config.trials == 4
+    assert config.budget.trials == 4
     assert [extremes(d) for d in config.search.values()] == [(1e-4, 1e-2), ("pnr", "bpn", "pca", "rect")]
     with pytest.raises(ValidationError, match="frozen"):
-        config.trials = 5  # type: ignore[misc]
+        config.budget.trials = 5  # type: ignore[misc]
 
 
 def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_bad_overrides(tmp_path: Path, override: str, words: str) -> None:
     [
         ("epochs: 3", "epoch: 3", "unknown key train.epoch; did you mean train.epochs?"),
         ("epochs: 3", "lerning_rate: 3", "unknown key train.lerning_rate; did you mean train.learning_rate?"),
-        ("trials: 4", "trails: 4", "unknown key trails; did you mean trials?"),
+        ("trials: 4", "trails: 4", "unknown key budget.trails; did you mean budget.trials?"),
         ("resolution: 64", "resolutoin: 64", "did you mean data.resolution?"),
         ("resolution: 64", "resolution: 65", "data.resolution: Input should be a multiple of 32 (found 65)"),
         ("source: simulated", "source: nasa", "data.source: Input should be 'mtrdr', 'pairs' or 'simulated'"),
-        ("kind: unet", "kind: vit", "model: "),
+        ("kind: unet", "kind: vit", "model.kind: expected one of unet, instruct_pix2pix (found 'vit')"),
         ("kind: unet, ", "", "model"),
         ("study: demo", "", "study is missing; add it"),
         ("study: demo", "study: ../demo", "study: "),
@@ -156,7 +156,7 @@ def test_bad_overrides(tmp_path: Path, override: str, words: str) -> None:
         ("data.variant: {choice: [pnr, bpn, pca, rect]}", "data.resolution: {int: [128, 64, 32]}", "int needs low"),
         ("data.variant: {choice: [pnr, bpn, pca, rect]}", "data.resolution: {int: [64, 128, 0]}", "int needs"),
         ("data.variant: {choice: [pnr, bpn, pca, rect]}", "model.prompt: {choice: [a]}", "no such key for unet"),
-        ("data.variant: {choice: [pnr, bpn, pca, rect]}", "trials: {choice: [1]}", "no such key for unet"),
+        ("data.variant: {choice: [pnr, bpn, pca, rect]}", "budget.trials: {choice: [1]}", "no such key for unet"),
         ("variant: pnr, ", "variant: cassis, ", "found 'cassis'"),
     ],
 )  # fmt: skip
@@ -360,7 +360,7 @@ def test_digest(tmp_path: Path) -> None:
     run = config.run_config({})
     assert run.digest == config.run_config({}).digest
     assert len(run.digest) == 16
-    same = sweep(tmp_path, UNET, "device=cpu", "data.cache=/elsewhere", "trials=9", "study=other").run_config({})
+    same = sweep(tmp_path, UNET, "device=cpu", "data.cache=/elsewhere", "budget.trials=9", "study=other").run_config({})
     assert same.digest == run.digest
     for override in ("seed=1", "data.target=car", "train.epochs=4", "split.seed=1", "model.encoder=resnet18"):
         assert sweep(tmp_path, UNET, override).run_config({}).digest != run.digest
@@ -370,8 +370,8 @@ def test_digest(tmp_path: Path) -> None:
 
 def test_identity(tmp_path: Path) -> None:
     before = sweep(tmp_path).identity
-    same = ("trials=9", "study=other", "experiment=other", "device=cpu", "data.cache=/x", "max_failures=1",
-            "sampler.startup_trials=3", "pruner.kind=median", "train.learning_rate=0.01",
+    same = ("budget.trials=9", "study=other", "experiment=other", "device=cpu", "data.cache=/x",
+            "budget.failure_rate=1", "sampler.startup_trials=3", "pruner.kind=median", "train.learning_rate=0.01",
             "data.variant=bpn")  # fmt: skip
     for override in same:
         assert sweep(tmp_path, UNET, override).identity == before, override

@@ -222,7 +222,7 @@ def test_a_constraint_on_what_is_not_defined_fails_the_trial(bench: Bench, monke
 
     monkeypatch.setattr(study_module, "run_trial", undefined)
     with pytest.raises(StudyError, match=r"val_worst/pcc is not defined on the validation scenes"):
-        bench.run(small_sweep(trials=1, max_failures=1, constraints={"val_worst/pcc": {"min": 0.5}}))
+        bench.run(small_sweep(trials=1, constraints={"val_worst/pcc": {"min": 0.5}}))
 
 
 @pytest.mark.parametrize("metric", ["val/rmse", "val/pcc"])
@@ -257,7 +257,6 @@ def test_failed_trial_does_not_count(bench: Bench) -> None:
 def test_choices_that_do_not_go_together_fail_the_trial(bench: Bench) -> None:
     """Each fits the sweep, both together do not. Left running, such a trial would be tried again for ever."""
     sweep = small_sweep(
-        max_failures=1,
         model={"kind": "instruct_pix2pix", "scratch_unet": {}},
         search={"model.vae": {"choice": ["folder"]}, "model.scratch_unet": {"choice": [None]}},
     )
@@ -270,7 +269,7 @@ def test_choices_that_do_not_go_together_fail_the_trial(bench: Bench) -> None:
 
 
 def test_too_many_failures(bench: Bench) -> None:
-    sweep = small_sweep(max_failures=2)
+    sweep = small_sweep()
     with pytest.raises(
         StudyError, match=r"2 trials failed in this call, .*RuntimeError: out of memory.*traceback\.txt"
     ):
@@ -475,7 +474,7 @@ def test_another_study_under_the_same_name(
 def test_what_may_change(bench: Bench) -> None:
     bench.run(small_sweep(trials=1))
     sweep = small_sweep(
-        trials=2, max_failures=9, device="auto", sampler={"kind": "tpe"}, pruner=PRUNER,
+        trials=2, device="auto", sampler={"kind": "tpe"}, pruner=PRUNER,
         data={"source": "simulated", "resolution": 32, "views": ["whole"], "cache": "elsewhere"},
     )  # fmt: skip
     assert bench.run(sweep).complete == 2

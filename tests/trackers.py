@@ -81,11 +81,13 @@ def small_scenes(count: int = 14, side: int = 8, seed: int = 0) -> list[Scene]:
 
 
 def small_sweep(**changes: Any) -> SweepConfig:
-    """A U-Net study of 32 pixels over the learning rate; `changes` replaces top-level keys."""
+    """A U-Net study of 32 pixels over the learning rate; `changes` replaces top-level keys, `trials` the budget's."""
+    if (trials := changes.pop("trials", None)) is not None:
+        changes["budget"] = {**changes.get("budget", {}), "trials": trials}
     content: dict[str, Any] = {
         "study": "small",
         "experiment": EXPERIMENT,
-        "trials": 3,
+        "budget": {"trials": 3},
         "device": "cpu",
         "data": {"source": "simulated", "resolution": 32, "views": ["whole"]},
         "split": {"validation": 0.2, "test": 0.4},

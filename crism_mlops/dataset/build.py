@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,15 +151,10 @@ def data_sections(sweep: SweepConfig) -> list[DataConfig]:
 
     Raises ConfigError where one is searched over a range, which has no end of values.
     """
-    keys, values = [], []
     for key, dimension in sweep.search.items():
-        if not key.startswith("data."):
-            continue
-        if not isinstance(dimension, Choice):
+        if key.startswith("data.") and not isinstance(dimension, Choice):
             raise ConfigError(f"search.{key}: a range cannot be built beforehand; list its values with choice: [...]")
-        keys.append(key)
-        values.append(dimension.choice)
-    sections = [sweep.run_config(dict(zip(keys, chosen, strict=True))).data for chosen in product(*values)]
+    sections = [sweep.run_config(choices).data for choices in sweep.combinations(lambda key: key.startswith("data."))]
     return list({section.model_dump_json(): section for section in sections}.values())
 
 

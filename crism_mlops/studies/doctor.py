@@ -93,7 +93,7 @@ def examine(sweep: SweepConfig) -> Report:
         for model in models.values()
         if model is not None and model.work.problem is not None
     ]
-    report = Report(sweep.study, sweep.trials, machine, scenes, tuple(sources.values()))
+    report = Report(sweep.study, sweep.budget.trials, machine, scenes, tuple(sources.values()))
     if found:
         # Without scenes, what the model alone needs.
         counted = scenes or SceneCount(0, 0, 0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from crism_mlops.config import Choice, RunConfig, SweepConfig
+from crism_mlops.config import RunConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest
 from crism_mlops.dataset.variants import channels
 from crism_mlops.models.autoencoder import AutoencoderCard, autoencoder_digest, read_card
@@ -52,9 +52,7 @@ def scenes_seen(config: RunConfig, manifest: Manifest) -> Seen:
 def _names(sweep: SweepConfig) -> list[str]:
     if sweep.model.kind != "instruct_pix2pix" or not any(_needs_one(v) for v, _ in input_variants(sweep)):
         return []
-    dimension = sweep.search.get("model.input_vae")
-    places = dimension.choice if isinstance(dimension, Choice) else (sweep.model.input_vae,)
-    return [str(place) for place in places if place is not None]
+    return [str(place) for place in sweep.values_of("model.input_vae") if place is not None]
 
 
 def _needs_one(variant: str) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 from typing import Any, Literal
 
-from crism_mlops.config import Choice, Integer, RunConfig, SweepConfig, digest_of, extremes
+from crism_mlops.config import Dimension, LogUniform, RunConfig, SweepConfig, Uniform, digest_of, extremes
+from crism_mlops.config_search import count, expand, points
+from crism_mlops.config_study import MedianPruner, PatientPruner, PercentilePruner
 from crism_mlops.dataset.count import SceneCount
 from crism_mlops.dataset.prompts import fields
 from crism_mlops.dataset.samples import samples_bytes
@@ -102,19 +103,27 @@ def cases(sweep: SweepConfig) -> tuple[list[Case], list[str]]:
 
     Ranges of real numbers (rates) change no size: one of their values stands for all.
     """
-    whole = {key: one for key, one in sweep.search.items() if isinstance(one, (Choice, Integer))}
-    fixed = {key: extremes(one)[0] for key, one in sweep.search.items() if key not in whole}
     found, problems = [], []
-    for chosen in islice(product(*map(extremes, whole.values())), MOST_CASES):
-        choices = dict(zip(whole, chosen, strict=True))
+    ranges = {label for label, one in sweep.search.items() if isinstance(one, (Uniform, LogUniform))}
+    for point in islice(points(sweep.search, _looked_at), MOST_CASES):
+        choices = expand(sweep.search, {label: value for label, value in point.items() if label not in ranges})
         try:
-            found.append(Case(choices, sweep.run_config({**fixed, **choices})))
+            found.append(Case(choices, sweep.run_config(expand(sweep.search, point))))
         except ConfigError as error:
             problems.append(str(error))
-    count = math.prod(len(extremes(one)) for one in whole.values())
-    if count > MOST_CASES:
-        problems.append(f"search: only the first {MOST_CASES} of {count} combinations of choices are looked at")
+    if (most := count(sweep.search, _looked_at)) > MOST_CASES:
+        problems.append(f"search: only the first {MOST_CASES} of {most} combinations of choices are looked at")
     return found, list(dict.fromkeys(problems))
+
+
+def _looked_at(dimension: Dimension) -> tuple[Any, ...]:
+    return extremes(dimension)[:1] if isinstance(dimension, (Uniform, LogUniform)) else extremes(dimension)
+
+
+def _never_pruned(sweep: SweepConfig) -> int:
+    """Trials that surely run to their end."""
+    pruner = sweep.pruner.inner if isinstance(sweep.pruner, PatientPruner) else sweep.pruner
+    return max(1, pruner.startup_trials if isinstance(pruner, (MedianPruner, PercentilePruner)) else 1)
 
 
 def worst(found: Sequence[Case], figure: Callable[[Case], float]) -> tuple[Case, dict[str, Any]]:
@@ -235,8 +244,8 @@ def disk(sweep: SweepConfig, found: Sequence[Case], scenes: SceneCount) -> list[
     needs.append(Need("best epochs", "work", min(written), most, "train.keep_top"))
     needs.append(Need("copy while it is logged", "temporary", min(written), max(written), "the model"))
     pruned = sweep.pruner.kind != "none"
-    sure = min(sweep.trials, max(1, sweep.pruner.startup_trials)) if pruned else sweep.trials
-    needs.append(Need("logged models", "artifacts", sure * min(written), sweep.trials * max(written), "trials"))
+    sure = min(sweep.budget.trials, _never_pruned(sweep)) if pruned else sweep.budget.trials
+    needs.append(Need("logged models", "artifacts", sure * min(written), sweep.budget.trials * max(written), "trials"))
     return needs
 
 

@@ -26,11 +26,13 @@ from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
 from crism_mlops.studies.reconcile import INTERRUPTED, first_number, settle, tell_failed
 from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
+from crism_mlops.studies.samplers import make_pruner, make_sampler
 from crism_mlops.studies.search_space import input_variants, suggest
 from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, shown, sqlite_path
 
 log = logging.getLogger(__name__)
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+FAILURES = 3
 _NAMES = {
     "scenes_digest": "scenes or their split (digest)", "input_vae_digest": "weights of model.input_vae (digest)"
 }  # fmt: skip
@@ -75,7 +77,7 @@ def run_study(
 
     Raises DatasetError if something leaks from train to test, ModelError where model.input_vae is no autoencoder,
     StudyError if the stored study is another one (data, objective or space differ), if it is running in another
-    process, or after `max_failures` failed trials; KeyboardInterrupt after ending the running trial cleanly.
+    process, or after FAILURES failed trials; KeyboardInterrupt after ending the running trial cleanly.
     """
     listener = listener or Listener()
     work_root = work_root or DEFAULT_ROOT / "work"
@@ -225,7 +227,7 @@ def _log_totals(study: optuna.Study, tracker: Tracker, parent: str) -> Summary:
 
 def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker: Tracker) -> str:
     params = {
-        "objective": sweep.objective.metric,
+        "objective": sweep.objective.first,
         "data.target": sweep.data.target,
         "data.target_normalization": sweep.data.target_normalization,
         "scenes_digest": base.scenes_digest,
@@ -233,13 +235,13 @@ def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker
         "identity_digest": digest_of(study.user_attrs["crism.identity"]),
         **{f"scenes.{name}": len(base.of(name)) for name in ("train", "validation", "test", "test_balanced")},
     }
-    tags = {"crism.study": sweep.study, "crism.model": sweep.model.kind, "crism.objective": sweep.objective.metric}
+    tags = {"crism.study": sweep.study, "crism.model": sweep.model.kind, "crism.objective": sweep.objective.first}
     known = [r for r in tracker.find(crism_study=sweep.study) if r.kind == "study"]
     if known:
         tracker.reopen(known[-1].run_id)
-        tracker.tags(known[-1].run_id, {"crism.trials_total": str(sweep.trials)})
+        tracker.tags(known[-1].run_id, {"crism.trials_total": str(sweep.budget.trials)})
         return known[-1].run_id
-    return tracker.start(sweep.study, "study", {**tags, "crism.trials_total": str(sweep.trials)}, params)
+    return tracker.start(sweep.study, "study", {**tags, "crism.trials_total": str(sweep.budget.trials)}, params)
 
 
 def input_manifests(sweep: SweepConfig, scenes: Sequence[Scene], base: Manifest) -> dict[str, Manifest]:
@@ -267,17 +269,18 @@ def _run_trials(call: _Call) -> None:
     failures = 0
     while True:
         trials = study.get_trials(deepcopy=False)
-        if sum(t.state in COUNTED for t in trials) >= sweep.trials:
+        if sum(t.state in COUNTED for t in trials) >= sweep.budget.trials:
             return
         # A sampler with a fixed seed repeats its draws after every resume: each trial has its own.
-        study.sampler = make_sampler(sweep, trial_seed(sweep.seed, sweep.study, len(trials)))
+        seed = trial_seed(sweep.seed, sweep.study, len(trials))
+        study.sampler = make_sampler(sweep, seed, len(trials), trial_seed(sweep.seed, sweep.study))
         study.pruner = make_pruner(sweep)
         trial = study.ask()
         state, value, why = _one_trial(call, trial)
         call.listener.ended(first_number(trial), state, value, why)
         if state == "FAILED":
             failures += 1
-            if failures >= sweep.max_failures:
+            if failures >= FAILURES:
                 raise StudyError(
                     f"{failures} trials failed in this call, the last one: {why}. Each run's traceback.txt in MLflow "
                     "tells more; put it right and run the same command again"
@@ -294,7 +297,7 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
     number = first_number(trial)
     seed = trial_seed(sweep.seed, "trial", number)
     choices = suggest(trial, sweep.search)
-    call.listener.trial(number, sweep.trials, choices)
+    call.listener.trial(number, sweep.budget.trials, choices)
     run_id = trial.user_attrs.get("crism.run_id", "")
     if run_id:
         tracker.reopen(run_id)
@@ -307,9 +310,9 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
 
     def report(epoch: int, figures: Mapping[str, float]) -> None:
         call.listener.hooks.report(epoch, figures)
-        trial.report(figures[sweep.objective.metric], epoch)
+        trial.report(figures[sweep.objective.first], epoch)
         if trial.should_prune():
-            raise PrunedTrial(f"pruned after epoch {epoch}: {figures[sweep.objective.metric]:.4g}")
+            raise PrunedTrial(f"pruned after epoch {epoch}: {figures[sweep.objective.first]:.4g}")
 
     hooks = Hooks(step=call.listener.hooks.step, report=report, phase=call.listener.hooks.phase)
     try:
@@ -317,7 +320,7 @@ def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str
         manifest = call.manifest(config.data)
         log_configuration(tracker, run_id, config, manifest, choices)
         work = call.work / f"{number:04d}"
-        done = run_trial(config, manifest, sweep.objective.metric, tracker, run_id, work, hooks)
+        done = run_trial(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
         _constrain(sweep, trial, done, tracker)
     except INTERRUPTING:
         raise
@@ -360,22 +363,6 @@ def trial_seed(*parts: object) -> int:
     """A seed of 31 bits from what names a trial."""
     text = "/".join(str(p) for p in parts)
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
-
-
-def make_sampler(sweep: SweepConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """The study's sampler with the seed of one trial."""
-    if sweep.sampler.kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=sweep.sampler.startup_trials)
-
-
-def make_pruner(sweep: SweepConfig) -> optuna.pruners.BasePruner:
-    """The study's pruner."""
-    if sweep.pruner.kind == "none":
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(
-        n_startup_trials=sweep.pruner.startup_trials, n_warmup_steps=sweep.pruner.warmup_epochs
-    )
 
 
 @contextmanager

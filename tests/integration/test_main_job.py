@@ -57,12 +57,12 @@ SHRUNK = (
     "data.simulated.scenes=24", "data.views=[whole]", "split.balanced_minimum=1", "train.epochs=1",
     "evaluate.validation_scenes=2", "evaluate.panel_scenes=1", "device=cpu",
 )  # fmt: skip
-UNET = (*SHRUNK, "trials=2", "search.data.variant={choice: [pnr, rect]}")
-IP2P = (*SHRUNK, "trials=2", "search.data.variant={choice: [pnr, bpn]}", f"model.pretrained={PRETRAINED}")
+UNET = (*SHRUNK, "budget.trials=2", "search.data.variant={choice: [pnr, rect]}")
+IP2P = (*SHRUNK, "budget.trials=2", "search.data.variant={choice: [pnr, bpn]}", f"model.pretrained={PRETRAINED}")
 # Long enough to be caught in its training, short enough to be done again.
 SLOW = (
     *SHRUNK,
-    "trials=1",
+    "budget.trials=1",
     "train.epochs=6",
     "engine.save_minutes=0.03",
     "search={train.learning_rate: {choice: [3.0e-4]}}",
