@@ -30,10 +30,12 @@ WAKES_S = 0.5
 @dataclass(frozen=True, slots=True)
 class Where:
     """In how many processes of this machine (None: one a core), or at which Ray cluster
-    ("auto": the one that this machine belongs to; HOST:PORT; ray://HOST:PORT)."""
+    ("auto": the one that this machine belongs to; HOST:PORT; ray://HOST:PORT); there, what each task needs."""
 
     workers: int | None = None
     ray: str | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
 
 
 HERE = Where(workers=1)
@@ -47,7 +49,7 @@ def run(task: Callable[[Item], Result], items: Sequence[Item], where: Where = HE
     Ctrl-C. Raises ClusterError if a process dies or the cluster cannot be reached.
     """
     if where.ray is not None:
-        return _on_ray(task, items, where.ray)
+        return _on_ray(task, items, where)
     workers = min(where.workers or cores(), len(items))
     return _here(task, items) if workers <= 1 else _in_processes(task, items, workers)
 
@@ -75,7 +77,7 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
         while True:
             # No more than there are workers: what the pool holds already cannot be called back.
             for index, item in islice(waiting, workers - len(running)):
-                with holding_interrupts(), _without_main():
+                with holding_interrupts(), without_main():
                     running[pool.submit(task, item)] = index
             if not running:
                 return
@@ -103,7 +105,7 @@ def _in_processes(task: Callable[[Item], Result], items: Sequence[Item], workers
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
+def without_main() -> Iterator[None]:
     """Processes that start meanwhile do not run the caller's script again.
 
     A fresh interpreter imports the parent's main module, for functions that are defined there. Tasks
@@ -135,7 +137,9 @@ def _alone() -> None:
         os.environ[name] = "1"
 
 
-def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], address: str) -> Iterator[tuple[int, Result]]:
+def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], where: Where) -> Iterator[tuple[int, Result]]:
+    address = where.ray
+    assert address is not None
     try:
         import ray
     except ImportError as error:
@@ -152,7 +156,7 @@ def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], address: str)
                 "to it, or give its address with --ray HOST:PORT"
             ) from error
     try:
-        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(task)
+        remote = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=RETRIES)(task)
         waiting = list(enumerate(items))[::-1]
         running: dict[Any, int] = {}
         while waiting or running:

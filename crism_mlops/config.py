@@ -84,7 +84,7 @@ __all__ = [
     "Normalization", "Objective", "PrunerConfig", "Repeat", "RunConfig", "SamplerConfig", "ScratchUNet", "Section",
     "SimulatedConfig", "Solver", "SplitConfig", "SweepConfig", "TrainConfig", "UNetModel", "Uniform",
     "ValidationFigure", "Variant", "ViewName", "WarmStart", "digest_of", "dotted_keys", "error_sign", "extremes",
-    "load_sweep",
+    "load_sweep", "override_sweep",
 ]  # fmt: skip
 
 # The sweep must not let the search change what is compared, or on what.
@@ -369,6 +369,14 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> SweepConfig:
         raise ConfigError(
             f"{path}: expected keys such as study, experiment, data, model; found {type(content).__name__}"
         )
+    return override_sweep(content, overrides, str(path))
+
+
+def override_sweep(
+    stored: Mapping[str, Any], overrides: tuple[str, ...] = (), where: str = "study file"
+) -> SweepConfig:
+    """A sweep of plain content, such as a study stores, with `key=value` overrides. Raises ConfigError."""
+    content = deepcopy(dict(stored))
     for override in overrides:
         shown = " ".join(override.split())
         key, equals, value = override.partition("=")
@@ -381,4 +389,4 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> SweepConfig:
     try:
         return SweepConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, SweepConfig)}") from error
+        raise ConfigError(f"{where}: {explain(error, SweepConfig)}") from error

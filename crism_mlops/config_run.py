@@ -267,6 +267,13 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
 
+class Resources(Section):
+    """What a trial needs of a Ray cluster's machines; a share of a GPU lets several trials have one."""
+
+    cpu: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    gpu: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+
+
 class EngineConfig(Section):
     """How it is computed, which changes a result by rounding at most: a study may go on with other settings."""
 
@@ -289,6 +296,7 @@ class EngineConfig(Section):
     timeout_minutes: float | None = Field(
         None, gt=0.0, allow_inf_nan=False, description="a trial that takes longer in one attempt fails"
     )
+    resources_per_trial: Resources = Resources()
 
 
 class EvaluateConfig(Section):

@@ -61,7 +61,7 @@ class Objective(Section):
         return self.metrics[0]
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
         return [_direction(metric) for metric in self.metrics]
 
     @property

@@ -46,6 +46,14 @@ class TrainingError(CrismError):
     """Training that cannot go on (a non-finite loss)."""
 
 
+class NonFiniteError(TrainingError):
+    """Losses or gradients that are no numbers any more."""
+
+
+class MemoryShortError(TrainingError):
+    """Memory that does not suffice even for a batch of one."""
+
+
 class EvaluationError(CrismError):
     """Images that cannot be scored."""
 
@@ -56,6 +64,14 @@ class TrackingError(CrismError):
 
 class StudyError(CrismError):
     """A study that cannot be continued as asked."""
+
+
+class LeaseLostError(StudyError):
+    """A trial that others were given, as nothing was heard of its worker: whoever has it goes on, nobody else."""
+
+
+class TrialTimeoutError(CrismError):
+    """A trial that took longer than it may."""
 
 
 class PromotionError(CrismError):

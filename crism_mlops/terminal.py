@@ -110,7 +110,7 @@ class Progress:
     def listener(self) -> Any:
         """Callbacks for `run_study`."""
         from crism_mlops.studies.run import Hooks
-        from crism_mlops.studies.study import Listener
+        from crism_mlops.studies.trial import Listener
 
         current = {"trial": ""}
 

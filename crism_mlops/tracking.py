@@ -91,6 +91,20 @@ class Tracker:
             raise TrackingError(f"experiment {experiment!r} was deleted in MLflow; restore it or name another")
         self.experiment_id: str = found.experiment_id
 
+    @property
+    def public_uri(self) -> str:
+        """Where others find the store: without a password, and a file by its whole path."""
+        path = sqlite_path(self.uri)
+        if path is not None:
+            return f"sqlite:///{path.absolute()}"
+        parts = urllib.parse.urlsplit(self.uri)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+    def delete(self, run_id: str) -> None:
+        """Mark a run as deleted; MLflow can restore it until it is garbage-collected."""
+        with translated(self.uri):
+            self.client.delete_run(run_id)
+
     def _create(self) -> Any:
         from mlflow.exceptions import MlflowException
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import EngineConfig, TrainConfig
-from crism_mlops.errors import TrainingError
+from crism_mlops.errors import MemoryShortError, NonFiniteError, TrainingError
 from crism_mlops.interrupts import holding_interrupts
 from crism_mlops.models.autoencoder import InputAutoencoder
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
@@ -200,7 +200,7 @@ def _step(
             if not out_of_memory(error):
                 raise
             if micro == 1:
-                raise TrainingError(
+                raise MemoryShortError(
                     f"memory does not suffice for a batch of one ({str(error).splitlines()[0][:120]}); lower "
                     "data.resolution, set engine.gradient_checkpointing or model.lora"
                 ) from error
@@ -236,7 +236,7 @@ def _bad(progress: Progress, total: int, value: float, norm: float, scenes: list
         f"scenes {named}"
     )
     if progress.bad_steps >= config.bad_steps:
-        raise TrainingError(
+        raise NonFiniteError(
             f"{what}; {progress.bad_steps} such steps one after the other: lower train.learning_rate (now "
             f"{config.learning_rate:g}) or train.gradient_clip (now {config.gradient_clip:g}), or look at these scenes"
         )

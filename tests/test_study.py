@@ -20,8 +20,11 @@ from crism_mlops.errors import EvaluationError, StudyError, TrackingError, Unwri
 from crism_mlops.models.checkpoint import read_checkpoint
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies import study as study_module
+from crism_mlops.studies import trial as trial_module
 from crism_mlops.studies.run import Hooks, TrackedRun
-from crism_mlops.studies.study import Listener, Summary, open_study, run_study, study_lock
+from crism_mlops.studies.storage import open_store
+from crism_mlops.studies.study import Summary, open_study, run_study
+from crism_mlops.studies.trial import Listener
 from crism_mlops.tracking import RunInfo, Tracker
 
 SCENES = small_scenes()
@@ -84,6 +87,7 @@ class Bench:
     def __init__(self, folder: Path, trials: Trials, tracker: Tracker) -> None:
         self.folder = folder
         self.trials = trials
+        self.run_trial: Callable[..., TrackedRun] = trials
         self.tracker = tracker
         self.storage = optuna_store(folder)
         self.heard: list[tuple[int, str]] = []
@@ -91,7 +95,9 @@ class Bench:
     def run(self, sweep: SweepConfig, *script: str, scenes: Sequence[Scene] = SCENES) -> Summary:
         self.trials.script = list(script)
         listener = Listener(ended=lambda number, state, value, why: self.heard.append((number, state)))
-        return run_study(sweep, scenes, self.tracker, self.storage, listener, self.folder / "work")
+        return run_study(
+            sweep, scenes, self.tracker, self.storage, listener, self.folder / "work", self.run_trial
+        )  # fmt: skip
 
     def study(self, name: str = "small") -> optuna.Study:
         return optuna.load_study(study_name=name, storage=self.storage)
@@ -113,7 +119,6 @@ class Bench:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.chdir(tmp_path)
     trials = Trials()
-    monkeypatch.setattr(study_module, "run_trial", trials)
     monkeypatch.setattr(study_module, "log_floors", lambda *args, **options: None)
     return Bench(tmp_path, trials, new_tracker(tmp_path))
 
@@ -215,12 +220,12 @@ def test_no_trial_keeps_to_the_constraints(bench: Bench) -> None:
     assert (summary.complete, summary.best_number, summary.best_value) == (2, None, None)
 
 
-def test_a_constraint_on_what_is_not_defined_fails_the_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constraint_on_what_is_not_defined_fails_the_trial(bench: Bench) -> None:
     def undefined(*args: Any, **options: Any) -> TrackedRun:
         done = bench.trials(*args, **options)
         return TrackedRun(done.run_id, done.objective, {**done.scores, "val_worst/pcc": math.nan})
 
-    monkeypatch.setattr(study_module, "run_trial", undefined)
+    bench.run_trial = undefined
     with pytest.raises(StudyError, match=r"val_worst/pcc is not defined on the validation scenes"):
         bench.run(small_sweep(trials=1, constraints={"val_worst/pcc": {"min": 0.5}}))
 
@@ -260,25 +265,25 @@ def test_choices_that_do_not_go_together_fail_the_trial(bench: Bench) -> None:
         model={"kind": "instruct_pix2pix", "scratch_unet": {}},
         search={"model.vae": {"choice": ["folder"]}, "model.scratch_unet": {"choice": [None]}},
     )
-    with pytest.raises(StudyError, match=r"1 trials failed in this call, the last one: ConfigError: .*scratch_unet"):
+    with pytest.raises(StudyError, match=r"3 of 3 trials failed, .*the last one, 2: ConfigError: .*scratch_unet"):
         bench.run(sweep)
-    assert bench.states() == [TrialState.FAIL]
-    (run,) = bench.runs()
+    assert bench.states() == [TrialState.FAIL] * 3
+    assert {t.user_attrs["crism.failure"] for t in bench.study().trials} == {"configuration"}
+    run = bench.runs()[0]
     assert run.status == "FAILED"
     assert run.params["model.scratch_unet"] == "none"
 
 
 def test_too_many_failures(bench: Bench) -> None:
     sweep = small_sweep()
-    with pytest.raises(
-        StudyError, match=r"2 trials failed in this call, .*RuntimeError: out of memory.*traceback\.txt"
-    ):
-        bench.run(sweep, "ok", "fail", "fail")
+    with pytest.raises(StudyError, match=r"3 of 4 trials failed, .*RuntimeError: out of memory.*traceback\.txt"):
+        bench.run(sweep, "ok", "fail", "fail", "fail")
     parent = bench.parent()
     assert (parent.status, parent.tags["crism.stopped"]) == ("FAILED", "failed")
-    assert parent.metrics["trials/failed"] == 2
-    summary = bench.run(sweep)
-    assert (summary.complete, summary.failed) == (3, 2)
+    assert parent.metrics["trials/failed"] == 3
+    # Another call is somebody's decision to go on: what failed before says nothing of it.
+    summary = bench.run(sweep, "fail", "fail")
+    assert (summary.complete, summary.failed) == (3, 5)
     assert bench.parent().status == "FINISHED"
     assert "crism.stopped" not in bench.parent().tags
 
@@ -288,7 +293,7 @@ def test_interrupted_trial_is_tried_again(bench: Bench, how: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         bench.run(small_sweep(), "ok", how)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert bench.states() == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert bench.states() == [TrialState.COMPLETE, TrialState.WAITING]
     assert bench.study().trials[1].user_attrs["crism.state"] == "interrupted"
     run = bench.runs()[1]
     assert (run.status, run.tags["crism.stopped"]) == ("KILLED", "interrupted")
@@ -299,11 +304,11 @@ def test_interrupted_trial_is_tried_again(bench: Bench, how: str) -> None:
     assert (bench.folder / "work" / "small" / "0001").is_dir(), "what it goes on from"
 
     summary = bench.run(small_sweep())
-    assert (summary.complete, summary.failed, summary.interrupted) == (3, 0, 1)
-    again = bench.study().trials[2]
-    assert again.params == bench.study().trials[1].params
-    assert again.user_attrs["crism.again"] == 1
-    # The same trial: settings, seed, folder and run; Optuna alone counts another one.
+    assert (summary.complete, summary.failed, summary.interrupted) == (3, 0, 0)
+    assert bench.states() == [TrialState.COMPLETE] * 3
+    again = bench.study().trials[1]
+    assert [attempt["how"] for attempt in again.user_attrs["crism.attempts"]] == ["interrupted", "finished"]
+    # The same trial: number, settings, seed, folder and run.
     assert bench.trials.configs[2] == bench.trials.configs[1]
     assert bench.trials.works[2] == bench.trials.works[1]
     assert again.user_attrs["crism.run_id"] == run.run_id
@@ -316,11 +321,11 @@ def test_interrupted_trial_is_tried_again(bench: Bench, how: str) -> None:
 def test_a_full_disk_ends_the_call_and_loses_no_trial(bench: Bench) -> None:
     with pytest.raises(UnwrittenError, match="make room"):
         bench.run(small_sweep(), "ok", "full")
-    assert bench.states() == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert bench.states() == [TrialState.COMPLETE, TrialState.WAITING]
     assert bench.runs()[1].tags["crism.stopped"] == "interrupted"
     assert bench.heard == [(0, "FINISHED"), (1, "INTERRUPTED")]
     summary = bench.run(small_sweep())
-    assert (summary.complete, summary.failed, summary.interrupted) == (3, 0, 1)
+    assert (summary.complete, summary.failed, summary.interrupted) == (3, 0, 0)
     assert bench.trials.configs[2] == bench.trials.configs[1]
 
 
@@ -330,7 +335,7 @@ def test_interrupted_before_the_trial_has_a_run(bench: Bench) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_study(small_sweep(), SCENES, bench.tracker, bench.storage, Listener(trial=stop), bench.folder / "work")
-    assert bench.states() == [TrialState.FAIL, TrialState.WAITING]
+    assert bench.states() == [TrialState.WAITING]
     assert bench.runs() == []
     assert bench.run(small_sweep()).complete == 3
 
@@ -344,20 +349,22 @@ def test_interrupted_after_the_run_ended(bench: Bench, monkeypatch: pytest.Monke
         if bench.tracker.run(run_id).kind == "trial" and status == "FINISHED":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Tracker, "end", lambda self, run_id, status: interrupt(run_id, status))
-    with pytest.raises(KeyboardInterrupt):
-        bench.run(small_sweep(trials=1))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "end", lambda self, run_id, status: interrupt(run_id, status))
+        with pytest.raises(KeyboardInterrupt):
+            bench.run(small_sweep(trials=1))
+    assert bench.run(small_sweep(trials=1)).complete == 1
     assert bench.states() == [TrialState.COMPLETE]
     assert bench.study().trials[0].value == bench.runs()[0].metrics["objective"]
-    assert bench.runs()[0].status == "FINISHED"
+    assert [run.status for run in bench.runs()] == ["FINISHED"]
+    assert len(bench.trials.configs) == 1
 
 
 def killed(bench: Bench, end: Callable[[Tracker, str], None]) -> tuple[optuna.trial.Trial, str]:
     """What SIGKILL leaves: a study with one trial running, whose run `end` may have ended."""
     sweep = small_sweep(trials=1)
-    study = open_study(sweep, build_manifest(SCENES, sweep.data, sweep.split), bench.storage)
-    trial = study.ask()
+    manifest = build_manifest(SCENES, sweep.data, sweep.split)
+    trial = open_study(sweep, manifest, open_store(bench.storage), bench.tracker).ask()
     trial.suggest_float("train.learning_rate", 1e-4, 1e-2, log=True)
     tags = {"crism.study": "small", "crism.trial_number": "0", "crism.model": "unet"}
     run_id = bench.tracker.start("small-000", "trial", tags, {})
@@ -383,9 +390,9 @@ def test_killed_trial_is_tried_again(bench: Bench, end: Callable[[Tracker, str],
     floor = bench.tracker.start("copy", "floor", {"crism.study": "small"}, {})
     other = bench.tracker.start("elsewhere", "trial", {"crism.study": "other"}, {})
     summary = bench.run(small_sweep(trials=1))
-    assert (summary.complete, summary.interrupted) == (1, 1)
-    assert bench.states() == [TrialState.FAIL, TrialState.COMPLETE]
-    assert bench.study().trials[1].params == trial.params
+    assert (summary.complete, summary.interrupted) == (1, 0)
+    assert bench.states() == [TrialState.COMPLETE]
+    assert bench.study().trials[0].params == trial.params
     left = bench.tracker.run(floor)
     assert (left.status, left.tags["crism.stopped"]) == ("KILLED", "interrupted")
     assert [(r.run_id, r.status) for r in bench.runs()] == [(run_id, "FINISHED")], "the same run goes on"
@@ -433,10 +440,10 @@ def test_killed_between_the_two_trackers(
 def test_server_that_goes_away_is_not_the_trial_s_fault(bench: Bench) -> None:
     with pytest.raises(TrackingError, match="went away"):
         bench.run(small_sweep(trials=2), "ok", "offline")
-    assert bench.states() == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert bench.states() == [TrialState.COMPLETE, TrialState.WAITING]
     summary = bench.run(small_sweep(trials=2))
-    assert (summary.complete, summary.failed, summary.interrupted) == (2, 0, 1)
-    assert bench.study().trials[2].params == bench.study().trials[1].params
+    assert (summary.complete, summary.failed, summary.interrupted) == (2, 0, 0)
+    assert bench.states() == [TrialState.COMPLETE] * 2
     assert [r.status for r in bench.runs()] == ["FINISHED", "FINISHED"]
 
 
@@ -493,27 +500,21 @@ def test_new_study_beside_the_old(bench: Bench) -> None:
     assert len(bench.runs("study", "other")) == len(bench.runs("study")) == 1
 
 
-def test_two_at_once(bench: Bench) -> None:
-    with (
-        study_lock("small", bench.folder / "work"),
-        pytest.raises(StudyError, match=r"study 'small' is being run by another process.*--new-study NAME"),
-    ):
-        bench.run(small_sweep())
-    assert bench.tracker.find() == []
-    with study_lock("other", bench.folder / "work"):
-        assert bench.run(small_sweep(trials=1)).complete == 1
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_same_study_draws_the_same(bench: Bench, tmp_path: Path, sampler: str) -> None:
-    sweep = small_sweep(trials=4, sampler={"kind": sampler, "startup_trials": 2})
+    options = {"kind": sampler} | ({"startup_trials": 2} if sampler == "tpe" else {})
+    sweep = small_sweep(trials=4, sampler=options)
     bench.run(sweep)
     first, bench.trials.configs = bench.trials.configs, []
     twin = Bench(tmp_path / "twin", bench.trials, new_tracker(tmp_path / "twin"))
     # In two calls: a resumed study draws what an uninterrupted one would have drawn.
-    twin.run(small_sweep(trials=2, sampler={"kind": sampler, "startup_trials": 2}))
+    twin.run(small_sweep(trials=2, sampler=options))
+    with pytest.raises(KeyboardInterrupt):
+        twin.run(sweep, "interrupt")
+    interrupted = bench.trials.configs.pop()
     twin.run(sweep)
     assert bench.trials.configs == first
+    assert interrupted == first[2]
     assert len({c.train.learning_rate for c in first}) == 4
 
 
@@ -537,7 +538,7 @@ def test_storage_that_breaks_down_meanwhile(bench: Bench, monkeypatch: pytest.Mo
     def locked(*_: object) -> None:
         raise optuna.exceptions.StorageInternalError("internal") from RuntimeError("database is locked")
 
-    monkeypatch.setattr(study_module, "suggest", locked)
+    monkeypatch.setattr(trial_module, "suggest", locked)
     with pytest.raises(StudyError, match="study storage: database is locked; the same command goes on"):
         bench.run(small_sweep())
 

@@ -31,10 +31,10 @@ def _mlflow_template() -> Path:
 
 @cache
 def _optuna_template() -> Path:
-    from crism_mlops.studies.study import open_storage
+    from crism_mlops.studies.storage import open_store
 
     path = Path(_FOLDER.name) / "optuna.db"
-    open_storage(f"sqlite:///{path}")
+    open_store(f"sqlite:///{path}")
     return path
 
 

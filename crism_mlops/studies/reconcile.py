@@ -1,69 +1,176 @@
-"""Optuna and MLflow brought back into agreement."""
+"""Optuna and MLflow compared: every difference, and its repair where there is one right answer."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from crism_mlops.studies.ledger import ATTEMPTS, PREPARING, STATE, end_attempt
+from crism_mlops.studies.storage import SearchStore
+from crism_mlops.studies.trial import INTERRUPTED, RUN_ID, ended_as, ended_values
 from crism_mlops.tracking import RunInfo, Tracker
 
-INTERRUPTED = "interrupted"
+NOBODY = "nobody but you can say which is right"
+_STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}
 
 
-def settle(study: optuna.Study, tracker: Tracker) -> list[int]:
-    """Bring both trackers into agreement about trials that a stopped process left running.
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What does not agree, what there is to do about it, and whether that deletes something; `repair` None where
+    nobody but the user can say what is right."""
 
-    MLflow is always told first, so a run's end decides: its trial gets the same one. What had not
-    ended was interrupted: it does not count, and goes on as another trial of Optuna's with the same
-    settings, seed and run. Returns the
-    numbers of the interrupted trials. Called under the study's lock, so nobody is running them.
-    """
-    runs = {r.run_id: r for r in tracker.find(crism_study=study.study_name) if r.kind != "study"}
-    interrupted = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        run = runs.pop(trial.user_attrs.get("crism.run_id", ""), None)
-        ended = None if run is None else _ended(run)
-        if run is not None and ended == "FINISHED":
-            study.tell(trial.number, run.metrics["objective"])
-        elif ended == "PRUNED":
-            study.tell(trial.number, state=TrialState.PRUNED)
-        elif ended == "FAILED":
-            tell_failed(study, trial)
-        else:
-            interrupted.append(first_number(trial))
-            if run is not None:
-                tracker.stop(run.run_id, INTERRUPTED)
-            study._storage.set_trial_user_attr(trial._trial_id, "crism.state", INTERRUPTED)
-            study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params:
-                again: dict[str, Any] = {"crism.again": first_number(trial)}
-                if run is not None:
-                    again["crism.run_id"] = run.run_id
-                study.enqueue_trial(trial.params, user_attrs=again)
+    what: str
+    remedy: str
+    repair: Callable[[], None] | None = None
+    deletes: bool = False
+
+
+def differences(study: optuna.Study, store: SearchStore, tracker: Tracker, work: Path) -> list[Difference]:
+    """Every difference between a study's trials, its runs and its work folder; what living workers hold is theirs."""
+    name = study.study_name
+    living = store.ledger.workers(name)
+    held = {row["trial"] for row in living if row["trial"] is not None}
+    runs = {r.run_id: r for r in tracker.find(crism_study=name)}
+    trials = study.get_trials(deepcopy=False)
+    found: list[Difference] = []
+    for trial in trials:
+        if trial.number not in held:
+            found += _trial(study, trial, runs.get(trial.user_attrs.get(RUN_ID, "")), tracker)
+    known = {t.user_attrs.get(RUN_ID) for t in trials}
+    numbers = {str(number) for number in held}
     for run in runs.values():
-        if run.status == "RUNNING":
-            tracker.stop(run.run_id, INTERRUPTED)
-    return interrupted
+        if run.kind == "trial" and run.run_id not in known and run.tags.get("crism.trial_number") not in numbers:
+            found += _of_no_trial(run, tracker)
+        alone = PREPARING not in held if run.kind in ("floor", "ceiling") else not living
+        if run.kind in ("floor", "ceiling", "study") and run.status == "RUNNING" and alone:
+            found.append(_running(run.name, "MLflow", partial(tracker.stop, run.run_id, INTERRUPTED)))
+    return found + _left_over(trials, held, work)
 
 
-def first_number(trial: optuna.Trial | FrozenTrial) -> int:
-    """What a trial is called. One that was interrupted goes on: Optuna counts another one, its first number stays."""
-    return int(trial.user_attrs.get("crism.again", trial.number))
+def _running(label: str, where: str, repair: Callable[[], None]) -> Difference:
+    return Difference(
+        f"{label}: {where} says RUNNING, and nobody runs it",
+        "KILLED, interrupted" if where == "MLflow" else "WAITING, interrupted",
+        repair,
+    )
 
 
-def _ended(run: RunInfo) -> str | None:
-    """How a trial's run ended, None if it did not. MLflow calls a run finished for a moment while
-    its model is logged: it has no model id then."""
-    if run.status == "FINISHED" and "crism.model_id" in run.tags and "objective" in run.metrics:
-        return "FINISHED"
-    if run.status == "KILLED" and run.tags.get("crism.stopped") == "pruned":
-        return "PRUNED"
-    return "FAILED" if run.status == "FAILED" and run.tags.get("crism.stopped") == "failed" else None
+def _trial(study: optuna.Study, trial: FrozenTrial, run: RunInfo | None, tracker: Tracker) -> list[Difference]:
+    """What one trial, that nobody runs, and its run disagree about."""
+    label = f"trial {trial.number}"
+    wait = _running(label, "Optuna", _wait(study, trial))
+    if run is None:
+        named = trial.user_attrs.get(RUN_ID)
+        if trial.state == TrialState.RUNNING:
+            return [wait]
+        if named is None:
+            return []
+        return [
+            Difference(
+                f"{label}: {trial.state.name} in Optuna, its run {named} is not in MLflow (deleted?)",
+                f"restore it: mlflow runs restore --run-id {named}",
+            )
+        ]
+    ended = ended_as(run)
+    if trial.state.is_finished():
+        return [*_ends(label, trial, run, ended, tracker), *_figures(label, trial, run)]
+    if ended is not None:
+        what = f"{label}: {ended} in MLflow, {trial.state.name} in Optuna"
+        return [Difference(what, f"{ended} in Optuna", _tell(study, trial, run, ended))]
+    found = [wait] if trial.state == TrialState.RUNNING else []
+    if run.status == "RUNNING":
+        found.append(_running(label, "MLflow", lambda: tracker.stop(run.run_id, INTERRUPTED)))
+    return found
 
 
-def tell_failed(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
-    """A trial failed by itself: it does not count, and its settings are not tried again."""
-    study._storage.set_trial_user_attr(trial._trial_id, "crism.state", "failed")
-    study.tell(trial.number, state=TrialState.FAIL)
+def _ends(label: str, trial: FrozenTrial, run: RunInfo, ended: str | None, tracker: Tracker) -> list[Difference]:
+    state = _STATES.get(trial.state) or str(trial.user_attrs.get(STATE, "failed"))
+    if ended == state:
+        return []
+    what = f"{label}: {state} in Optuna, {ended or run.tags.get('crism.stopped') or run.status} in MLflow"
+    if state == "finished" and "crism.model_id" not in run.tags:
+        return [Difference(f"{what}, without a model", NOBODY)]
+    return [Difference(what, f"{state} in MLflow", _end(tracker, run, state))]
+
+
+def _figures(label: str, trial: FrozenTrial, run: RunInfo) -> list[Difference]:
+    pairs = [(key, value, run.params[key]) for key, value in trial.params.items() if key in run.params]
+    found = [(key, value, text) for key, value, text in pairs if not _alike(value, text)]
+    logged = run.metrics.get("objective", math.nan)
+    if trial.state == TrialState.COMPLETE and trial.values[0] != logged:
+        found.append(("the objective", trial.values[0], repr(logged)))
+    return [
+        Difference(f"{label}: {key} is {value!r} in Optuna, {text} in MLflow", NOBODY) for key, value, text in found
+    ]
+
+
+def _alike(value: object, text: str) -> bool:
+    """A setting as Optuna holds it (a list is JSON there) and as MLflow shows it."""
+    plain = str.maketrans("", "", " '\"()[]")
+    if str(value).translate(plain).lower() == text.translate(plain).lower():
+        return True
+    try:
+        return float(text) == float(str(value))
+    except ValueError:
+        return False
+
+
+def _of_no_trial(run: RunInfo, tracker: Tracker) -> list[Difference]:
+    what = f"{run.name} ({run.run_id[:8]}): a run of no trial of the study"
+    found = [Difference(what, "delete it", lambda: tracker.delete(run.run_id), deletes=True)]
+    if run.status == "RUNNING":
+        found.insert(0, _running(run.name, "MLflow", lambda: tracker.stop(run.run_id, INTERRUPTED)))
+    return found
+
+
+def _left_over(trials: Sequence[FrozenTrial], held: set[int], work: Path) -> list[Difference]:
+    """Folders of trials that have ended: nobody goes on from them."""
+    ended = {f"{t.number:04d}" for t in trials if t.state.is_finished() and t.number not in held}
+    folders = sorted(path for path in work.iterdir() if path.name in ended) if work.is_dir() else []
+    return [
+        Difference(f"{path}: left of a trial that has ended", "delete it", partial(shutil.rmtree, path), deletes=True)
+        for path in folders
+    ]
+
+
+def _wait(study: optuna.Study, trial: FrozenTrial) -> Callable[[], None]:
+    def repair() -> None:
+        attempts = trial.user_attrs.get(ATTEMPTS, [])
+        study._storage.set_trial_user_attr(trial._trial_id, STATE, INTERRUPTED)
+        # Nobody knows when; that it took no time is the only claim that needs no witness.
+        end_attempt(study._storage, trial, "lost", attempts[-1]["began"] if attempts else 0.0)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+    return repair
+
+
+def _tell(study: optuna.Study, trial: FrozenTrial, run: RunInfo, ended: str) -> Callable[[], None]:
+    def repair() -> None:
+        study._storage.set_trial_user_attr(trial._trial_id, STATE, ended)
+        state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(ended, TrialState.FAIL)
+        metrics = study.user_attrs["crism.metrics"]
+        values = ended_values(run, metrics) if ended == "finished" else None
+        study._storage.set_trial_state_values(trial._trial_id, state, values)
+
+    return repair
+
+
+def _end(tracker: Tracker, run: RunInfo, state: str) -> Callable[[], None]:
+    def repair() -> None:
+        if state == "finished":
+            tracker.reopen(run.run_id)
+            tracker.end(run.run_id, "FINISHED")
+        elif state == "failed":
+            tracker.tags(run.run_id, {"crism.stopped": "failed"})
+            tracker.end(run.run_id, "FAILED")
+        else:
+            tracker.stop(run.run_id, state)
+
+    return repair

@@ -20,7 +20,7 @@ from crism_mlops.config import RunConfig, digest_of, error_sign
 from crism_mlops.dataset.manifest import Manifest, Pair, SplitName, TestSplit
 from crism_mlops.dataset.prompts import scene_lacks, scene_prompt
 from crism_mlops.dataset.variants import channels
-from crism_mlops.errors import EvaluationError, StoreError, TrackingError, UnwrittenError
+from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
 from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.evaluation.panels import Case, calibration_figure, panel
@@ -45,8 +45,8 @@ VALIDATION_SHARE = 0.15
 
 
 # Not the trial's fault, and the next one would end the same way: it is interrupted, and goes on once the
-# server answers or there is room on the disk.
-INTERRUPTING = (TrackingError, StoreError, UnwrittenError)
+# server answers, there is room on the disk, or whoever holds it by now takes it up.
+INTERRUPTING = (TrackingError, StoreError, StudyError, UnwrittenError)
 
 
 class TrialEnded(Exception):  # noqa: N818 -- no error

@@ -91,6 +91,19 @@ def as_params(values: Mapping[str, Any], search: Search) -> dict[str, Any]:
     return {label: _storable(own_value(search[label], value)) for label, value in values.items()}
 
 
+def fits(params: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
+    """What of another study's parameters this one's search allows."""
+    space = distributions(sweep.search)
+
+    def allowed(label: str, value: Any) -> bool:
+        try:
+            return space[label]._contains(space[label].to_internal_repr(value))
+        except ValueError:
+            return False
+
+    return {label: value for label, value in params.items() if label in space and allowed(label, value)}
+
+
 def enqueued(sweep: SweepConfig) -> list[dict[str, Any]]:
     """The configurations that the file wants tried first, as parameters of Optuna's."""
     return [as_params(one, sweep.search) for one in sweep.enqueue]

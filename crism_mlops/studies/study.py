@@ -1,65 +1,51 @@
-"""The Optuna study: opens or continues it, claims trials up to its total, runs them one by one."""
+"""The Optuna study: opened or continued, prepared once, and worked on until it has had enough."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from crism_mlops.config import DataConfig, SweepConfig, digest_of
+from crism_mlops.config import DataConfig, SweepConfig, digest_of, error_sign
 from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
-from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError, one_line
+from crism_mlops.errors import StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
+from crism_mlops.studies.heart import Heart
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
-from crism_mlops.studies.reconcile import INTERRUPTED, first_number, settle, tell_failed
-from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
+from crism_mlops.studies.ledger import INDEX, STATE, here, own
+from crism_mlops.studies.limits import failing, spent
+from crism_mlops.studies.queue import queue, repeats_wanted, seed_means
+from crism_mlops.studies.run import run_trial
 from crism_mlops.studies.samplers import make_pruner, make_sampler
-from crism_mlops.studies.search_space import input_variants, suggest
-from crism_mlops.tracking import DEFAULT_ROOT, INFEASIBLE, Tracker, git_commit, shown, sqlite_path
+from crism_mlops.studies.search_space import grid, input_variants
+from crism_mlops.studies.storage import SearchStore, open_store, storage_errors
+from crism_mlops.studies.trial import INTERRUPTED, Desk, Listener, RunTrial, leave, take_up, trial_seed
+from crism_mlops.tracking import Tracker
 
 log = logging.getLogger(__name__)
-COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
-FAILURES = 3
+SWEEP = "crism.sweep"  # on the study: the resolved study file, for workers elsewhere
+TRACKING = "crism.tracking_uri"  # on the study: where its runs are, without a password
 _NAMES = {
     "scenes_digest": "scenes or their split (digest)", "input_vae_digest": "weights of model.input_vae (digest)"
 }  # fmt: skip
-
-
-def default_storage() -> str:
-    """Optuna's own store."""
-    return f"sqlite:///{DEFAULT_ROOT / 'optuna.db'}"
-
-
-@dataclass
-class Listener:
-    """What a caller may want to know while a study runs; every method may be replaced."""
-
-    trial: Callable[[int, int, Mapping[str, Any]], None] = lambda number, total, choices: None
-    ended: Callable[[int, str, float | None, str], None] = lambda number, state, value, why: None
-    floors: Callable[[str, str], None] = lambda variant, normalization: None
-    hooks: Hooks = field(default_factory=Hooks)
-
-
-class PrunedTrial(TrialEnded):
-    """The pruner's decision."""
+IDLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a call ended: counts by state, and the best trial's number and value, if any."""
+    """How a study stands: counts by state, and the best trial's number and value, if any."""
 
     complete: int
     pruned: int
@@ -67,162 +53,274 @@ class Summary:
     interrupted: int
     best_number: int | None
     best_value: float | None
+    cancelled: int = 0
+    running: int = 0
+    waiting: int = 0
+    repeats: int = 0
 
 
 def run_study(
-    sweep: SweepConfig, scenes: Sequence[Scene], tracker: Tracker, storage: str | None = None,
-    listener: Listener | None = None, work_root: Path | None = None,
+    sweep: SweepConfig, scenes: Sequence[Scene], tracker: Tracker, storage: str | SearchStore | None = None,
+    listener: Listener | None = None, work_root: Path | None = None, run: RunTrial = run_trial,
 ) -> Summary:  # fmt: skip
-    """Run a study up to its total of finished and pruned trials; continue it where it stands.
+    """Work on a study until its budget is used up; continue it where it stands, beside others who do the same.
 
     Raises DatasetError if something leaks from train to test, ModelError where model.input_vae is no autoencoder,
-    StudyError if the stored study is another one (data, objective or space differ), if it is running in another
-    process, or after FAILURES failed trials; KeyboardInterrupt after ending the running trial cleanly.
+    StudyError if the stored study is another one (data, objective or space differ) or if too many trials fail;
+    KeyboardInterrupt after the running trial was left for others to go on with.
     """
     listener = listener or Listener()
-    work_root = work_root or DEFAULT_ROOT / "work"
-    with study_lock(sweep.study, work_root), terminate_as_interrupt(), _storage_errors():
-        seen = input_vaes_seen(sweep)
-        base = build_manifest(scenes, sweep.data, sweep.split)
-        # Before anything is made: a study on data that leaks is worth nothing.
-        manifests = input_manifests(sweep, scenes, base)
-        found = audit(base, sweep.audit, others=list(manifests.values()), learned=seen)
+    with terminate_as_interrupt(), working(sweep, scenes, tracker, storage, listener, work_root, run) as desk:
+        with closing(desk):
+            prepare(desk)
+            work(desk)
+        return summarise(desk.study, desk.sweep)
+
+
+@contextmanager
+def working(
+    sweep: SweepConfig, scenes: Sequence[Scene], tracker: Tracker, storage: str | SearchStore | None,
+    listener: Listener, work_root: Path | None = None, run: RunTrial = run_trial, group: str = "", fresh: bool = True,
+) -> Iterator[Desk]:  # fmt: skip
+    """A worker of a study, from joining it to leaving it; the study is made where there is none.
+
+    One that joins what another call began (not `fresh`) leaves the audit and the study's own run to that.
+    """
+    with storage_errors():
+        store = storage if isinstance(storage, SearchStore) else open_store(storage, say=listener.say)
+    seen = input_vaes_seen(sweep)
+    base = build_manifest(scenes, sweep.data, sweep.split)
+    # Before anything is made: a study on data that leaks is worth nothing.
+    manifests = input_manifests(sweep, scenes, base)
+    found = audit(base, sweep.audit, others=list(manifests.values()), learned=seen) if fresh else None
+    if found is not None:
         require_clean(found, sweep.audit)
-        study = open_study(sweep, base, storage)
-        settle(study, tracker)
-        parent = _parent_run(sweep, study, base, tracker)
-        tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
-        call = _Call(
-            sweep, tuple(scenes), study, tracker, parent, work_root / sweep.study, listener, manifests=manifests
-        )
-        try:
-            _log_all_floors(call)
-            _run_trials(call)
-        except (KeyboardInterrupt, StoreError, UnwrittenError):
-            for number in settle(study, tracker):
-                listener.ended(number, "INTERRUPTED", None, "")
-            _log_totals(study, tracker, parent)
+    with storage_errors(store):
+        study = open_study(sweep, base, store, tracker)
+        every = 2.0 if store.one_machine else 10.0
+        lease = sweep.engine.lease_seconds
+        heart = Heart(store.ledger, sweep.study, here(), lease, every, gpus(sweep.device), group, listener.doing)
+        with heart:
+            parent = _parent_run(sweep, study, base, tracker)
+            if found is not None:
+                tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
+            work_folder = (work_root or Path(sweep.engine.work).expanduser()) / sweep.study
+            yield Desk(
+                sweep, tuple(scenes), store, study, tracker, parent, work_folder, listener, heart, run,
+                manifests=manifests,
+            )  # fmt: skip
+
+
+def prepare(desk: Desk, fresh: bool = True) -> None:
+    """What comes before the first trial, by one worker at a time: the queue, floors and ceiling.
+
+    A second one finds it all there. A `fresh` call begins a stopped study again, and counts failures anew.
+    """
+    ledger, name = desk.store.ledger, desk.sweep.study
+    while not ledger.prepare(name, desk.heart.me.worker):
+        if desk.heart.lost:
+            desk.heart.join()
+        desk.listener.idle("another worker prepares the study")
+        time.sleep(IDLE_S)
+    try:
+        if fresh:
+            if desk.heart.wanted.startswith("stop"):
+                ledger.control(name, "run", None)
+            ledger.control(name, "started", "yes")
+            desk.heart.beat()
+            ledger.enqueue(name, queue(desk.sweep, desk.store))
+        # Nobody computes floors but who prepares: what still runs of them was left.
+        _stop_floors(desk)
+        _log_all_floors(desk)
+    except KeyboardInterrupt:
+        _stop_floors(desk)
+        raise
+    finally:
+        ledger.free(desk.heart.me.worker)
+
+
+def _stop_floors(desk: Desk) -> None:
+    for run in desk.tracker.find(crism_study=desk.sweep.study):
+        if run.kind in ("floor", "ceiling") and run.status == "RUNNING":
+            desk.tracker.stop(run.run_id, INTERRUPTED)
+
+
+def work(desk: Desk) -> None:
+    """Take up trials, one after the other, until the study has had enough.
+
+    Raises StudyError where too many trials fail.
+    """
+    sweep, study, heart, ledger = desk.sweep, desk.study, desk.heart, desk.store.ledger
+    points = grid(sweep, trial_seed(sweep.seed, sweep.study, "grid")) if sweep.sampler.kind == "grid" else None
+    draws = None if points is None else len(points)
+    while True:
+        wanted = heart.wanted
+        trials = study.get_trials(deepcopy=False)
+        if (problem := failing(sweep, trials, heart.controls.get("started", {}).get("since", 0.0))) is not None:
+            raise StudyError(
+                f"{problem}. Each run's traceback.txt in MLflow tells more; put it right and run the same command again"
+            )
+        enough = spent(sweep, trials, heart.now())
+        if enough is None and not wanted and (entries := repeats_wanted(sweep, trials)):
+            ledger.enqueue(sweep.study, entries)
+        claim = ledger.claim(sweep.study, heart.me.worker, sweep.budget.trials, not wanted and enough is None, draws)
+        if claim["what"] == "lost":
+            heart.join()
+        elif "trial" in claim:
+            _take(desk, claim, points)
+        elif wanted.startswith("stop") or (claim["what"] == "done" and not wanted):
+            if enough is not None:
+                desk.listener.say(f"{sweep.study}: {enough}; no further trial begins")
+            return
+        else:
+            since = heart.controls.get("run", {}).get("since", 0.0)
+            paused = f"paused since {time.strftime('%H:%M', time.localtime(since))}: crism-mlops resume {sweep.study}"
+            desk.listener.idle(paused if wanted else "others run the last trials")
+            time.sleep(IDLE_S)
+            heart.beat()
+
+
+def _take(desk: Desk, claim: dict[str, Any], points: Sequence[dict[str, Any]] | None) -> None:
+    """Go on with what was claimed, or, where nobody may run now, leave it waiting."""
+    sweep, study, number = desk.sweep, desk.study, claim["number"]
+    frozen = study._storage.get_trial(claim["trial"])
+    if claim["what"] == "again" and desk.heart.wanted:
+        # Its worker died while the study is paused or stopped: it runs no longer, and both trackers say so.
+        leave(desk, frozen, frozen.user_attrs.get("crism.run_id", ""))
+        return
+    if points is not None and INDEX in frozen.user_attrs:
+        study._storage.set_trial_system_attr(claim["trial"], "fixed_params", points[frozen.user_attrs[INDEX]])
+    # A sampler with a fixed seed repeats its draws in every worker and after every resume: each trial has its own.
+    study.sampler = make_sampler(
+        sweep, trial_seed(sweep.seed, sweep.study, number), frozen.user_attrs.get(INDEX, 0),
+        trial_seed(sweep.seed, sweep.study),
+    )  # fmt: skip
+    study.pruner = make_pruner(sweep)
+    take_up(desk, optuna.trial.Trial(study, claim["trial"]))
+
+
+@contextmanager
+def closing(desk: Desk) -> Iterator[None]:
+    """Whatever ends a worker's work, the study's own run tells how the study stands then."""
+    study, tracker, parent = desk.study, desk.tracker, desk.parent
+    try:
+        yield
+    except (KeyboardInterrupt, StoreError, UnwrittenError):
+        _log_totals(desk)
+        if not _others(desk):
             tracker.stop(parent, INTERRUPTED)
-            raise
-        except TrackingError:
-            raise  # Nobody there to tell; the next call settles what is left.
-        except Exception as error:
-            _log_totals(study, tracker, parent)
-            tracker.fail(parent, error)
-            raise
+        raise
+    except TrackingError:
+        raise  # Nobody there to tell; the next call settles what is left.
+    except Exception as error:
+        _log_totals(desk)
+        tracker.fail(parent, error)
+        raise
+    _log_totals(desk)
+    if _others(desk):
+        return
+    if desk.heart.wanted:
+        tracker.stop(parent, desk.heart.wanted.split()[0])
+        return
+    if not any(t.state in (TrialState.RUNNING, TrialState.WAITING) for t in study.get_trials(deepcopy=False)):
         # All trials are done: what failed ones left is of no use any more.
-        shutil.rmtree(call.work, ignore_errors=True)
-        summary = _log_totals(study, tracker, parent)
-        tracker.end(parent, "FINISHED")
-        return summary
+        shutil.rmtree(desk.work, ignore_errors=True)
+    tracker.end(parent, "FINISHED")
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What stays the same from trial to trial of one call of `run_study`."""
-
-    sweep: SweepConfig
-    scenes: tuple[Scene, ...]
-    study: optuna.Study
-    tracker: Tracker
-    parent: str
-    work: Path
-    listener: Listener
-    manifests: dict[str, Manifest] = field(default_factory=dict)
-
-    def manifest(self, data: DataConfig) -> Manifest:
-        """The manifest of a data section, made once."""
-        key = data.model_dump_json()
-        if key not in self.manifests:
-            rules = next(iter(self.manifests.values())).rules
-            self.manifests[key] = build_manifest(self.scenes, data, self.sweep.split, rules)
-        return self.manifests[key]
+def _others(desk: Desk) -> bool:
+    return any(row["worker"] != desk.heart.me.worker for row in desk.store.ledger.workers(desk.sweep.study))
 
 
-def open_study(sweep: SweepConfig, base: Manifest, storage: str | None) -> optuna.Study:
+def open_study(sweep: SweepConfig, base: Manifest, store: SearchStore, tracker: Tracker) -> optuna.Study:
     """Create the study or check that the stored one is the same; see `SweepConfig.identity`."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
-        study_name=sweep.study,
-        storage=open_storage(storage or default_storage()),
-        direction=sweep.objective.direction,
-        load_if_exists=True,
+        study_name=sweep.study, storage=store.storage, directions=sweep.objective.directions, load_if_exists=True
     )
     # A folder's name stays when another autoencoder is written to it.
     vaes = {"input_vae_digest": digests} if (digests := input_vae_digests(sweep)) else {}
     identity = json.loads(json.dumps({**sweep.identity, "scenes_digest": base.scenes_digest, **vaes}))
     stored = study.user_attrs.get("crism.identity")
+    if stored is not None:
+        changed = [
+            f"{_NAMES.get(key, key)}: {_short(stored.get(key))} -> {_short(identity.get(key))}"
+            for key in sorted(set(stored) | set(identity))
+            if stored.get(key) != identity.get(key)
+        ]
+        if study.user_attrs.get("crism.experiment") != sweep.experiment:
+            changed.append(f"experiment: {study.user_attrs.get('crism.experiment')} -> {sweep.experiment}")
+        if changed:
+            shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
+            raise StudyError(
+                f"study {sweep.study!r} was made with other settings, its trials cannot be compared with new ones: "
+                f"{shown}. Put the settings back, or start another study with --new-study NAME"
+            )
+    # What may change from call to call: totals, sampler, engine. A worker elsewhere takes the last ones.
+    content = sweep.model_dump(mode="json")
+    if study.user_attrs.get(SWEEP) != content:
+        study.set_user_attr(SWEEP, content)
+    if study.user_attrs.get(TRACKING) != tracker.public_uri:
+        study.set_user_attr(TRACKING, tracker.public_uri)
     if stored is None:
-        # The identity comes last: what is compared below is whole, or not there.
+        # The identity comes last: what is compared above is whole, or not there.
+        study.set_user_attr("crism.metrics", list(sweep.objective.metrics))
         study.set_user_attr("crism.experiment", sweep.experiment)
         study.set_user_attr("crism.identity", identity)
-        return study
-    changed = [
-        f"{_NAMES.get(key, key)}: {_short(stored.get(key))} -> {_short(identity.get(key))}"
-        for key in sorted(set(stored) | set(identity))
-        if stored.get(key) != identity.get(key)
-    ]
-    if study.user_attrs.get("crism.experiment") != sweep.experiment:
-        changed.append(f"experiment: {study.user_attrs.get('crism.experiment')} -> {sweep.experiment}")
-    if changed:
-        shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
-        raise StudyError(
-            f"study {sweep.study!r} was made with other settings, its trials cannot be compared with new ones: "
-            f"{shown}. Put the settings back, or start another study with --new-study NAME"
-        )
     return study
 
 
-def open_storage(url: str) -> optuna.storages.BaseStorage:
-    """Optuna's storage at a URL; a local SQLite folder is made. Raises StudyError in one line."""
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
-    try:
-        if (path := sqlite_path(url)) is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.RDBStorage(url)
-    except (SQLAlchemyError, ArgumentError, ImportError, OSError, RuntimeError) as error:
-        # RuntimeError: the tables were made by another version of Optuna.
-        raise StudyError(f"study storage {shown(url)}: {shown(url, one_line(error))}") from error
-
-
-@contextmanager
-def _storage_errors() -> Iterator[None]:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-        raise StudyError(
-            f"study storage: {one_line(error.__cause__ or error)}; the same command goes on from here"
-        ) from error
-
-
-def summarise(study: optuna.Study) -> Summary:
-    """Counts by state and the best finished trial that keeps to all constraints."""
+def summarise(study: optuna.Study, sweep: SweepConfig) -> Summary:
+    """Counts by state and the best finished trial that keeps to all constraints: by its mean over seeds where
+    trials were repeated."""
     trials = study.get_trials(deepcopy=False)
-    finished = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    feasible = [t for t in finished if all(excess <= 0.0 for excess in t.constraints.values())]
-    sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
-    best = min(feasible, key=lambda t: sign * t.values[0], default=None)
-    interrupted = sum(t.user_attrs.get("crism.state") == INTERRUPTED for t in trials)
+    mine = [t for t in trials if own(t)]
+
+    def count(state: TrialState, how: str | None = None) -> int:
+        return sum(t.state == state and (how is None or t.user_attrs.get(STATE) == how) for t in mine)
+
+    best = best_trial(sweep, trials)
+    interrupted = count(TrialState.WAITING, INTERRUPTED)
+    cancelled = count(TrialState.FAIL, "cancelled")
     return Summary(
-        complete=len(finished),
-        pruned=sum(t.state == TrialState.PRUNED for t in trials),
-        failed=sum(t.state == TrialState.FAIL for t in trials) - interrupted,
+        complete=count(TrialState.COMPLETE),
+        pruned=count(TrialState.PRUNED),
+        failed=count(TrialState.FAIL) - cancelled,
         interrupted=interrupted,
-        best_number=None if best is None else first_number(best),
-        best_value=None if best is None else best.values[0],
+        best_number=None if best is None else best[0],
+        best_value=None if best is None else best[1],
+        cancelled=cancelled,
+        running=count(TrialState.RUNNING),
+        waiting=count(TrialState.WAITING) - interrupted,
+        repeats=sum(t.state == TrialState.COMPLETE and not own(t) for t in trials),
     )
 
 
-def _log_totals(study: optuna.Study, tracker: Tracker, parent: str) -> Summary:
-    summary = summarise(study)
+def best_trial(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> tuple[int, float] | None:
+    """Number and value of the best trial, by the first objective; the mean over seeds where there are repeats."""
+    sign = error_sign(sweep.objective.first)
+    means = seed_means(trials)
+    if means:
+        number = min(means, key=lambda n: sign * means[n].mean)
+        return number, means[number].mean
+    finished = [t for t in trials if t.state == TrialState.COMPLETE and own(t)]
+    feasible = [t for t in finished if all(excess <= 0.0 for excess in t.constraints.values())]
+    best = min(feasible, key=lambda t: sign * t.values[0], default=None)
+    return None if best is None else (best.number, best.values[0])
+
+
+def _log_totals(desk: Desk) -> None:
+    study, tracker, sweep = desk.study, desk.tracker, desk.sweep
+    summary = summarise(study, sweep)
     figures = {"trials/complete": summary.complete, "trials/pruned": summary.pruned,
-               "trials/failed": summary.failed, "trials/interrupted": summary.interrupted}  # fmt: skip
+               "trials/failed": summary.failed, "trials/interrupted": summary.interrupted,
+               "trials/cancelled": summary.cancelled}  # fmt: skip
     best = {} if summary.best_value is None else {"best/objective": summary.best_value}
-    tracker.metrics(parent, {**figures, **best})
-    return summary
+    tracker.metrics(desk.parent, {**figures, **best})
+    trials = study.get_trials(deepcopy=False)
+    for number, means in seed_means(trials).items():
+        run_id = next(t.user_attrs.get("crism.run_id") for t in trials if t.number == number)
+        if run_id:
+            tracker.metrics(run_id, means.figures())
 
 
 def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker: Tracker) -> str:
@@ -236,149 +334,46 @@ def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker
         **{f"scenes.{name}": len(base.of(name)) for name in ("train", "validation", "test", "test_balanced")},
     }
     tags = {"crism.study": sweep.study, "crism.model": sweep.model.kind, "crism.objective": sweep.objective.first}
+    total = {"crism.trials_total": str(sweep.budget.trials)}
     known = [r for r in tracker.find(crism_study=sweep.study) if r.kind == "study"]
     if known:
         tracker.reopen(known[-1].run_id)
-        tracker.tags(known[-1].run_id, {"crism.trials_total": str(sweep.budget.trials)})
+        tracker.tags(known[-1].run_id, total)
         return known[-1].run_id
-    return tracker.start(sweep.study, "study", {**tags, "crism.trials_total": str(sweep.budget.trials)}, params)
+    return tracker.start(sweep.study, "study", {**tags, **total}, params)
 
 
 def input_manifests(sweep: SweepConfig, scenes: Sequence[Scene], base: Manifest) -> dict[str, Manifest]:
     """The manifests of a sweep's inputs (variant and normalisation), and of `sweep.data`: `base`, by their
     data sections."""
     manifests = {sweep.data.model_dump_json(): base}
-    for variant, normalization in input_variants(sweep):
-        data = sweep.run_config({"data.variant": variant, "data.normalization": normalization}).data
+    for data in _inputs(sweep):
         if (key := data.model_dump_json()) not in manifests:
             manifests[key] = build_manifest(scenes, data, sweep.split, base.rules)
     return manifests
 
 
-def _log_all_floors(call: _Call) -> None:
-    for index, (variant, normalization) in enumerate(input_variants(call.sweep)):
-        call.listener.floors(variant, normalization)
-        config = call.sweep.run_config({"data.variant": variant, "data.normalization": normalization})
+def _inputs(sweep: SweepConfig) -> list[DataConfig]:
+    return [
+        sweep.run_config({"data.variant": variant, "data.normalization": normalization}).data
+        for variant, normalization in input_variants(sweep)
+    ]
+
+
+def _log_all_floors(desk: Desk) -> None:
+    for index, (variant, normalization) in enumerate(input_variants(desk.sweep)):
+        desk.listener.floors(variant, normalization)
+        config = desk.sweep.run_config({"data.variant": variant, "data.normalization": normalization})
         ceiling = index == 0 and config.model.kind == "instruct_pix2pix"
-        tags = {"crism.study": call.sweep.study}
-        log_floors(call.tracker, config, call.manifest(config.data), tags, call.parent, ceiling=ceiling)
+        tags = {"crism.study": desk.sweep.study}
+        log_floors(desk.tracker, config, desk.manifest(config.data), tags, desk.parent, ceiling=ceiling)
 
 
-def _run_trials(call: _Call) -> None:
-    sweep, study = call.sweep, call.study
-    failures = 0
-    while True:
-        trials = study.get_trials(deepcopy=False)
-        if sum(t.state in COUNTED for t in trials) >= sweep.budget.trials:
-            return
-        # A sampler with a fixed seed repeats its draws after every resume: each trial has its own.
-        seed = trial_seed(sweep.seed, sweep.study, len(trials))
-        study.sampler = make_sampler(sweep, seed, len(trials), trial_seed(sweep.seed, sweep.study))
-        study.pruner = make_pruner(sweep)
-        trial = study.ask()
-        state, value, why = _one_trial(call, trial)
-        call.listener.ended(first_number(trial), state, value, why)
-        if state == "FAILED":
-            failures += 1
-            if failures >= FAILURES:
-                raise StudyError(
-                    f"{failures} trials failed in this call, the last one: {why}. Each run's traceback.txt in MLflow "
-                    "tells more; put it right and run the same command again"
-                )
+def gpus(device: str) -> float:
+    """GPUs that a worker keeps busy: one, or none."""
+    from crism_mlops.studies.run import resolve_device
 
-
-def _one_trial(call: _Call, trial: optuna.Trial) -> tuple[str, float | None, str]:
-    """Run one trial and leave both trackers agreeing; returns its state, its objective and a reason.
-
-    MLflow hears of the end first, then Optuna: `settle` relies on that. KeyboardInterrupt and what
-    is INTERRUPTING pass through and leave the trial to `settle`.
-    """
-    sweep, tracker = call.sweep, call.tracker
-    number = first_number(trial)
-    seed = trial_seed(sweep.seed, "trial", number)
-    choices = suggest(trial, sweep.search)
-    call.listener.trial(number, sweep.budget.trials, choices)
-    run_id = trial.user_attrs.get("crism.run_id", "")
-    if run_id:
-        tracker.reopen(run_id)
-        tracker.tags(run_id, {"crism.optuna_number": str(trial.number)})
-    else:
-        tags = {"crism.study": sweep.study, "crism.trial_number": str(number), "crism.model": sweep.model.kind}
-        params = {**choices, "seed": seed, "git_commit": git_commit() or "unknown"}
-        run_id = tracker.start(f"{sweep.study}-{number:03d}", "trial", tags, params, call.parent)
-    trial.set_user_attr("crism.run_id", run_id)
-
-    def report(epoch: int, figures: Mapping[str, float]) -> None:
-        call.listener.hooks.report(epoch, figures)
-        trial.report(figures[sweep.objective.first], epoch)
-        if trial.should_prune():
-            raise PrunedTrial(f"pruned after epoch {epoch}: {figures[sweep.objective.first]:.4g}")
-
-    hooks = Hooks(step=call.listener.hooks.step, report=report, phase=call.listener.hooks.phase)
-    try:
-        config = sweep.run_config({**choices, "seed": seed})
-        manifest = call.manifest(config.data)
-        log_configuration(tracker, run_id, config, manifest, choices)
-        work = call.work / f"{number:04d}"
-        done = run_trial(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
-        _constrain(sweep, trial, done, tracker)
-    except INTERRUPTING:
-        raise
-    except PrunedTrial as pruned:
-        tracker.stop(run_id, "pruned", str(pruned))
-        call.study.tell(trial, state=TrialState.PRUNED)
-        return "PRUNED", None, str(pruned)
-    except Exception as error:
-        # Whatever a library raises belongs to this trial; the next one may do better.
-        log.debug("trial %d failed", trial.number, exc_info=True)
-        tracker.fail(run_id, error)
-        tell_failed(call.study, trial)
-        return "FAILED", None, f"{type(error).__name__}: {one_line(error)}"
-    tracker.end(run_id, "FINISHED")
-    call.study.tell(trial, done.objective)
-    return "FINISHED", done.objective, ""
-
-
-def _constrain(sweep: SweepConfig, trial: optuna.Trial, done: TrackedRun, tracker: Tracker) -> None:
-    """Tell both trackers which limits a trial breaks, before either hears of its end.
-
-    Raises EvaluationError for a limit on a figure that the validation scenes do not define.
-    """
-    broken = []
-    for figure, limit in sweep.constraints.items():
-        excess = limit.excess(done.scores[figure])
-        if math.isnan(excess):
-            raise EvaluationError(
-                f"{figure} is not defined on the validation scenes, so the constraint on it cannot be kept; take it "
-                "out of constraints, or look at the warnings above"
-            )
-        trial.set_constraint(figure, excess)
-        if excess > 0.0:
-            broken.append(f"{figure} is {done.scores[figure]:.4g}, {limit}")
-    if broken:
-        tracker.tags(done.run_id, {INFEASIBLE: "; ".join(broken)})
-
-
-def trial_seed(*parts: object) -> int:
-    """A seed of 31 bits from what names a trial."""
-    text = "/".join(str(p) for p in parts)
-    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
-
-
-@contextmanager
-def study_lock(name: str, work_root: Path) -> Iterator[None]:
-    """One process at a time runs a study on this machine."""
-    from filelock import FileLock, Timeout
-
-    work_root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(work_root / f"{name}.lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise StudyError(
-            f"study {name!r} is being run by another process; wait for it or stop it, or start another one with "
-            "--new-study NAME"
-        ) from error
+    return 0.0 if resolve_device(device) == "cpu" else 1.0
 
 
 @contextmanager

@@ -1,0 +1,390 @@
+"""Who works on which trial: leases and slots of a study's total, in the search database beside Optuna's tables.
+
+Optuna knows which trials run, not who runs them. A worker is a row here: it beats, and while it beats what it holds
+is its own. All that could go wrong with two at once is decided under one lock a study: there, a trial that runs
+and that no living worker holds is an orphan, without doubt, and the next one who asks gets it.
+
+Every public method takes and gives plain JSON, so that it can be called through `studies.proxy` as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import optuna
+import psutil
+import sqlalchemy as sa
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from crism_mlops.errors import StudyError
+
+COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+ATTEMPTS = "crism.attempts"  # on a trial: who ran it from when until when, and how that ended
+STATE = "crism.state"  # on a trial: what Optuna's state does not tell (interrupted, failed, cancelled)
+INDEX = "crism.index"  # on a trial: how many-th draw of the sampler it is
+QUEUED = "crism.queued"  # on a trial: the entry of the queue that it is
+COPIED = "crism.copied_from"  # on a trial: it was run in another study, and counts nowhere
+REPEAT = "crism.repeat_of"  # on a trial: the trial whose settings it runs with another seed
+PREPARING = -1  # held instead of a trial: the study's floors are being computed
+
+_tables = sa.MetaData()
+_workers = sa.Table(
+    "crism_workers",
+    _tables,
+    sa.Column("worker", sa.String(64), primary_key=True),
+    sa.Column("study", sa.String(512), nullable=False, index=True),
+    sa.Column("machine", sa.String(512), nullable=False),
+    sa.Column("process", sa.String(64), nullable=False),
+    sa.Column("gpus", sa.Float(53), nullable=False),
+    sa.Column("group", sa.String(64), nullable=False),
+    sa.Column("joined", sa.Float(53), nullable=False),
+    sa.Column("seen", sa.Float(53), nullable=False),
+    sa.Column("expires", sa.Float(53), nullable=False),
+    sa.Column("trial", sa.Integer, nullable=True),
+    sa.Column("doing", sa.Text, nullable=False),
+)
+_controls = sa.Table(
+    "crism_controls",
+    _tables,
+    sa.Column("study", sa.String(512), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Column("since", sa.Float(53), nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Me:
+    """This process, as others see it: `machine` tells processes apart that cannot see each other's numbers."""
+
+    worker: str
+    machine: str
+    process: str
+
+    @property
+    def host(self) -> str:
+        return self.machine.partition("/")[0]
+
+
+def here() -> Me:
+    """A new worker in this process."""
+    return Me(uuid4().hex, machine(), process_name(os.getpid()))
+
+
+@cache
+def machine() -> str:
+    """Host, boot and process namespace: containers may share the first two."""
+
+    def read(path: str, otherwise: str) -> str:
+        try:
+            return os.readlink(path) if path.endswith("/pid") else Path(path).read_text().strip()
+        except OSError:
+            return otherwise
+
+    boot = read("/proc/sys/kernel/random/boot_id", str(int(psutil.boot_time())))
+    return f"{socket.gethostname()}/{boot[:13]}/{read('/proc/self/ns/pid', '')}"
+
+
+def process_name(pid: int) -> str:
+    """Number and start: a number alone is given again."""
+    return f"{pid}:{psutil.Process(pid).create_time():.2f}"
+
+
+def process_lives(name: str) -> bool:
+    """Whether a process of this machine still runs; what is dead and not yet collected does not."""
+    pid = int(name.partition(":")[0])
+    try:
+        return process_name(pid) == name and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class Ledger:
+    """Leases and controls in one SQLite or PostgreSQL database; `storage` is Optuna's over the same one."""
+
+    def __init__(self, url: str, storage: optuna.storages.BaseStorage) -> None:
+        self.url = url
+        self.storage = storage
+        self.file = sqlite_file(url)
+        # Nothing is kept open: a worker beats a few times a minute, and a server's connections are few.
+        options = {} if self.file is None else {"connect_args": {"timeout": 60}}
+        self.engine = sa.create_engine(url, poolclass=sa.NullPool, **options)
+
+    def lay_out(self) -> None:
+        """Make the tables where there are none; under `database_lock`."""
+        _tables.create_all(self.engine)
+
+    # -- a worker's life
+
+    def join(
+        self, study: str, worker: str, machine: str, process: str, lease: float, gpus: float = 0.0,
+        group: str = "",
+    ) -> None:  # fmt: skip
+        """A worker begins, with so many GPUs; it holds nothing. `group` names the call that started it."""
+        with self.engine.begin() as connection:
+            now = self._now(connection)
+            connection.execute(
+                sa.insert(_workers).values(
+                    worker=worker, study=study, machine=machine, process=process, gpus=gpus, group=group,
+                    joined=now, seen=now, expires=now + lease, trial=None, doing="{}",
+                )
+            )  # fmt: skip
+
+    def beat(self, study: str, worker: str, lease: float, doing: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A worker lives: its lease is prolonged. `alive` is False where it was given up for dead: what it held is
+        another's. Gives the study's controls as well."""
+        with self.engine.begin() as connection:
+            now = self._now(connection)
+            values: dict[str, Any] = {"seen": now, "expires": now + lease}
+            if doing is not None:
+                values["doing"] = json.dumps(doing)
+            changed = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
+            controls = self._controls(connection, study)
+            return {"alive": changed.rowcount == 1, "now": now, "controls": controls}
+
+    def leave(self, worker: str) -> None:
+        """A worker ends; what it held is an orphan."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(_workers).where(_workers.c.worker == worker))
+
+    def free(self, worker: str) -> bool:
+        """What a worker held has ended, or is not its own any more (False)."""
+        with self.engine.begin() as connection:
+            done = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=None))
+            return done.rowcount == 1
+
+    def workers(self, study: str) -> list[dict[str, Any]]:
+        """Living workers of a study: worker, machine, process, joined, seen, trial, doing; the first to join first."""
+        with self.engine.connect() as connection:
+            now = self._now(connection)
+            rows = connection.execute(
+                sa.select(_workers).where(_workers.c.study == study).order_by(_workers.c.joined)
+            ).mappings().all()  # fmt: skip
+        living = [dict(row) for row in rows if not self._dead(row, now)]
+        return [{**row, "doing": json.loads(row["doing"]), "age": now - row["seen"]} for row in living]
+
+    # -- what is to be done
+
+    def claim(
+        self, study: str, worker: str, total: int, begin: bool = True, draws: int | None = None
+    ) -> dict[str, Any]:  # fmt: skip
+        """What a worker does next, decided under the study's lock. `what` is
+
+        - "again", "waiting" or "new", with `trial` (id), `number`: it is now held by the worker, and runs. One
+          that a dead worker left goes first, then one that waits (interrupted, or enqueued), then a new one;
+        - "later": nothing is free, but what runs may yet fail; "done": the total is reached;
+        - "lost": the worker was given up for dead and has to join again.
+
+        With `begin` False only what dead workers left is given. `draws` limits how many new trials there may be,
+        failed ones too: the points of a grid.
+        """
+        with self._critical(study):
+            if not self._refresh(study, worker):
+                return {"what": "lost"}
+            identity = self.storage.get_study_id_from_name(study)
+            trials = self.storage.get_all_trials(identity, deepcopy=False)
+            held = self._bury(study, worker, trials)
+            running = [t for t in trials if t.state == TrialState.RUNNING]
+            orphan = next((t for t in running if t.number not in held), None)
+            if orphan is not None:
+                return self._take(worker, orphan, "again")
+            if not begin:
+                return {"what": "later" if running else "done"}
+            counted = sum(t.state in COUNTED and own(t) for t in trials)
+            room = total - counted - sum(own(t) for t in running)
+            for trial in trials:
+                if trial.state == TrialState.WAITING and (room > 0 or REPEAT in trial.user_attrs):
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                    return self._take(worker, trial, "waiting")
+            index = sum(INDEX in t.user_attrs for t in trials)
+            if room > 0 and (draws is None or index < draws):
+                # Whole at once: a worker that dies here leaves an orphan that knows its place.
+                template = create_trial(state=TrialState.RUNNING, user_attrs={INDEX: index})
+                made = self.storage.create_new_trial(identity, template)
+                return self._take(worker, self.storage.get_trial(made), "new")
+            return {"what": "later" if running else "done"}
+
+    def prepare(self, study: str, worker: str) -> bool:
+        """Whether this worker is the one that prepares the study now; it holds that until `free`."""
+        with self._critical(study):
+            if not self._refresh(study, worker):
+                return False
+            others = self._bury(study, worker, ())
+            if PREPARING in others:
+                return False
+            with self.engine.begin() as connection:
+                connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=PREPARING))
+            return True
+
+    def enqueue(self, study: str, entries: Sequence[Mapping[str, Any]]) -> int:
+        """Add trials to the queue, each once: `key` names an entry for ever, `params` are its settings, `attributes`
+        go with it. Returns how many were new."""
+        with self._critical(study):
+            identity = self.storage.get_study_id_from_name(study)
+            known = {t.user_attrs.get(QUEUED) for t in self.storage.get_all_trials(identity, deepcopy=False)}
+            new = [entry for entry in entries if entry["key"] not in known]
+            for entry in new:
+                template = create_trial(
+                    state=TrialState.WAITING,
+                    user_attrs={QUEUED: entry["key"], **entry.get("attributes", {})},
+                    system_attrs={"fixed_params": dict(entry["params"])},
+                )
+                self.storage.create_new_trial(identity, template)
+            return len(new)
+
+    # -- what others want
+
+    def control(self, study: str, name: str, value: str | None) -> None:
+        """Set a control (`run`: pause, stop, ...; `cancel:NUMBER`), or take it away."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(_controls).where(_controls.c.study == study, _controls.c.name == name))
+            if value is not None:
+                now = self._now(connection)
+                connection.execute(sa.insert(_controls).values(study=study, name=name, value=value, since=now))
+
+    def controls(self, study: str) -> dict[str, Any]:
+        """All controls of a study: value and since when (seconds since 1970)."""
+        with self.engine.connect() as connection:
+            return self._controls(connection, study)
+
+    def cancel(self, study: str, number: int) -> str:
+        """Give a trial up: at once where nobody runs it ("cancelled"), else by its worker ("asked"); "ended" where
+        it has ended."""
+        with self._critical(study):
+            identity = self.storage.get_study_id_from_name(study)
+            trials = self.storage.get_all_trials(identity, deepcopy=False)
+            trial = next((t for t in trials if t.number == number), None)
+            if trial is None:
+                raise StudyError(f"study {study!r} has no trial {number}; it has {len(trials)}, counted from 0")
+            if trial.state.is_finished():
+                return "ended"
+            if trial.state == TrialState.RUNNING and number in self._bury(study, "", trials):
+                self.control(study, f"cancel:{number}", "yes")
+                return "asked"
+            self.storage.set_trial_user_attr(trial._trial_id, STATE, "cancelled")
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            return "cancelled"
+
+    # -- within
+
+    def _take(self, worker: str, trial: FrozenTrial, what: str) -> dict[str, Any]:
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=trial.number))
+            row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().one()
+            now = self._now(connection)
+        attempts = trial.user_attrs.get(ATTEMPTS, [])
+        host = row["machine"].partition("/")[0]
+        begun = {"worker": worker[:8], "host": host, "gpus": row["gpus"], "began": now, "ended": None}
+        self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, [*attempts, begun])
+        return {"what": what, "trial": trial._trial_id, "number": trial.number}
+
+    def _refresh(self, study: str, worker: str) -> bool:
+        """Whether a worker's row still stands. One that had expired without anybody noticing was out of touch, and
+        so perhaps were all: it begins anew, and for a while buries nobody for being late."""
+        with self.engine.begin() as connection:
+            row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().first()
+            if row is None:
+                return False
+            now = self._now(connection)
+            values = {"seen": now, "expires": now + (row["expires"] - row["seen"])}
+            if row["expires"] < now:
+                values["joined"] = now
+            connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
+            return True
+
+    def _bury(self, study: str, worker: str, trials: Sequence[FrozenTrial]) -> set[int]:
+        """Remove dead workers; returns what the living ones hold, the asking one left out."""
+        with self.engine.begin() as connection:
+            now = self._now(connection)
+            rows = connection.execute(sa.select(_workers).where(_workers.c.study == study)).mappings().all()
+            mine = next((row for row in rows if row["worker"] == worker), None)
+            # After an outage of the database everybody is late; those who live have a beat's time to say so.
+            late = mine is None or now - mine["joined"] > (mine["expires"] - mine["seen"]) / 2
+            dead = [r for r in rows if r["worker"] != worker and self._dead(r, now, by_time=late)]
+            connection.execute(sa.delete(_workers).where(_workers.c.worker.in_([r["worker"] for r in dead])))
+        by_number = {t.number: t for t in trials}
+        for row in dead:
+            trial = by_number.get(row["trial"])
+            if trial is not None and not trial.state.is_finished():
+                end_attempt(self.storage, trial, "lost", row["seen"])
+        gone = {row["worker"] for row in dead} | {worker}
+        return {row["trial"] for row in rows if row["worker"] not in gone and row["trial"] is not None}
+
+    def _dead(self, row: Mapping[Any, Any], now: float, by_time: bool = True) -> bool:
+        if row["machine"] == machine():
+            # A process of this machine that is stopped, not dead, is late as one elsewhere would be.
+            return not process_lives(row["process"]) or (by_time and row["expires"] < now)
+        return bool(by_time and row["expires"] < now)
+
+    def _controls(self, connection: sa.Connection, study: str) -> dict[str, Any]:
+        rows = connection.execute(sa.select(_controls).where(_controls.c.study == study)).mappings().all()
+        return {row["name"]: {"value": row["value"], "since": row["since"]} for row in rows}
+
+    def _now(self, connection: sa.Connection) -> float:
+        """The database's clock: those of many machines differ. SQLite is on this one."""
+        if self.file is not None:
+            return time.time()
+        return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+    def _critical(self, study: str) -> Any:
+        return database_lock(self.engine, self.file, study)
+
+
+@contextmanager
+def database_lock(engine: sa.Engine, file: Path | None, name: str) -> Iterator[None]:
+    """One at a time, over all processes that use a database; falls when its holder dies.
+
+    No transaction's lock: within it Optuna writes through connections of its own.
+    """
+    key = blake2b(f"crism/{name}".encode(), digest_size=8).digest()
+    if file is not None:
+        from filelock import FileLock
+
+        # One file for all studies: they write to one database, and that takes one writer at a time.
+        with FileLock(f"{file}.lock", poll_interval=0.005):
+            yield
+        return
+    number = int.from_bytes(key, "big", signed=True)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # Session locks fall with their connection, and nothing is pooled: so it is let go on any error as well.
+        connection.execute(sa.text("SELECT pg_advisory_lock(:number)"), {"number": number})
+        try:
+            yield
+        finally:
+            connection.execute(sa.text("SELECT pg_advisory_unlock(:number)"), {"number": number})
+
+
+def own(trial: FrozenTrial) -> bool:
+    """Whether a trial counts towards its study's total: it was neither copied nor is it a repetition."""
+    return COPIED not in trial.user_attrs and REPEAT not in trial.user_attrs
+
+
+def end_attempt(storage: optuna.storages.BaseStorage, trial: FrozenTrial, how: str, when: float) -> None:
+    """Note on a trial how its running attempt ended."""
+    attempts = trial.user_attrs.get(ATTEMPTS, [])
+    if attempts and attempts[-1]["ended"] is None:
+        ended = {**attempts[-1], "ended": when, "how": how}
+        storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, [*attempts[:-1], ended])
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL, absolute; None for other databases."""
+    if not url.startswith("sqlite"):
+        return None
+    database = sa.make_url(url).database
+    if not database or database == ":memory:":
+        raise StudyError(
+            f"{url}: a study in memory is gone with its process; name a file, e.g. sqlite:///mlruns/optuna.db"
+        )
+    return Path(database).absolute()

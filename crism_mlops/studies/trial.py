@@ -1,0 +1,354 @@
+"""One trial of a study: run, and its end told to both trackers, the same one.
+
+| what happened | Optuna | MLflow | counts | goes on |
+| --- | --- | --- | --- | --- |
+| it runs | RUNNING | RUNNING | a slot of the total | |
+| finished | COMPLETE | FINISHED | yes | |
+| pruned | PRUNED | KILLED, `crism.stopped` pruned | yes | |
+| interrupted | WAITING, `crism.state` interrupted | KILLED, interrupted | no | same number, run, seed and folder |
+| failed | FAIL, `crism.state` failed, `crism.failure` | FAILED, failed | no | no |
+| cancelled | FAIL, `crism.state` cancelled | KILLED, cancelled | no | no |
+
+MLflow hears of an end first: where a worker dies in between, its run says how the trial ended (`settle`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from crism_mlops.config import DataConfig, SweepConfig
+from crism_mlops.dataset.manifest import Manifest, build_manifest
+from crism_mlops.errors import (
+    ConfigError,
+    CrismError,
+    DatasetError,
+    EvaluationError,
+    LeaseLostError,
+    MemoryShortError,
+    ModelError,
+    NonFiniteError,
+    ProductError,
+    SceneError,
+    TrackingError,
+    TrialTimeoutError,
+    one_line,
+)
+from crism_mlops.scenes.scene import Scene
+from crism_mlops.studies.heart import Heart, Yielded
+from crism_mlops.studies.ledger import ATTEMPTS, REPEAT, STATE, end_attempt
+from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
+from crism_mlops.studies.search_space import labels, suggest
+from crism_mlops.studies.storage import SearchStore, storage_errors
+from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker, git_commit
+
+log = logging.getLogger(__name__)
+INTERRUPTED = "interrupted"
+RUN_ID = "crism.run_id"
+FAILURE = "crism.failure"
+WHY = "crism.why"
+RunTrial = Callable[..., TrackedRun]
+
+
+@dataclass
+class Listener:
+    """What a caller may want to know while a study runs; every method may be replaced."""
+
+    trial: Callable[[int, int, Mapping[str, Any]], None] = lambda number, total, choices: None
+    ended: Callable[[int, str, float | None, str], None] = lambda number, state, value, why: None
+    floors: Callable[[str, str], None] = lambda variant, normalization: None
+    idle: Callable[[str], None] = lambda why: None
+    say: Callable[[str], None] = log.warning
+    doing: Callable[[], Mapping[str, Any]] = dict
+    hooks: Hooks = field(default_factory=Hooks)
+
+
+class PrunedTrial(TrialEnded):
+    """The pruner's decision."""
+
+
+class CancelledTrial(TrialEnded):
+    """Somebody's decision: `crism-mlops cancel`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What stays the same from trial to trial of one worker."""
+
+    sweep: SweepConfig
+    scenes: tuple[Scene, ...]
+    store: SearchStore
+    study: optuna.Study
+    tracker: Tracker
+    parent: str
+    work: Path
+    listener: Listener
+    heart: Heart
+    run: RunTrial = run_trial
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def manifest(self, data: DataConfig) -> Manifest:
+        """The manifest of a data section, made once."""
+        key = data.model_dump_json()
+        if key not in self.manifests:
+            rules = next(iter(self.manifests.values())).rules
+            self.manifests[key] = build_manifest(self.scenes, data, self.sweep.split, rules)
+        return self.manifests[key]
+
+
+def take_up(desk: Desk, trial: optuna.Trial) -> None:
+    """Run a trial that this worker holds, from its beginning or from where it was left, to an end that both
+    trackers agree on.
+
+    KeyboardInterrupt and what is INTERRUPTING pass through, after the trial was left for others to go on with.
+    """
+    frozen = desk.study._storage.get_trial(trial._trial_id)
+    run_id = frozen.user_attrs.get(RUN_ID, "")
+    if run_id and (ended := ended_as(run := desk.tracker.run(run_id))) is not None:
+        # Its worker died before Optuna heard of it.
+        tell_as(desk, trial, run, ended)
+        return
+    lost = sum(attempt.get("how") == "lost" for attempt in frozen.user_attrs.get(ATTEMPTS, []))
+    if lost >= desk.sweep.engine.attempts:
+        why = f"its worker died {lost} times (killed, out of memory, or its machine lost)"
+        if run_id:
+            desk.tracker.tags(run_id, {FAILURE: "crash"})
+            desk.tracker.fail(run_id, CrismError(why))
+        _tell(desk, trial, TrialState.FAIL, "failed", failure="crash", why=why)
+        desk.listener.ended(trial.number, "FAILED", None, why)
+        return
+    state, value, why = _run(desk, trial, run_id)
+    desk.listener.ended(trial.number, state, value, why)
+
+
+def _run(desk: Desk, trial: optuna.Trial, run_id: str) -> tuple[str, float | None, str]:
+    """Run a trial; returns its state, its objective and a reason."""
+    sweep, tracker, heart, number = desk.sweep, desk.tracker, desk.heart, trial.number
+    try:
+        seed = trial_seed(sweep.seed, "trial", number)
+        choices = suggest(trial, sweep.search)
+        desk.listener.trial(number, sweep.budget.trials, choices)
+        run_id = _open_run(desk, trial, run_id, choices, seed)
+        hooks = _hooks(desk, trial)
+        config = sweep.run_config({**choices, "seed": seed})
+        manifest = desk.manifest(config.data)
+        log_configuration(tracker, run_id, config, manifest, choices)
+        work = desk.work / f"{number:04d}"
+        done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
+        _constrain(sweep, trial, done, tracker)
+        values = _values(sweep, done)
+        heart.confirm(number)
+    except LeaseLostError:
+        # Not a word: whoever has it now tells how it ends.
+        return "LOST", None, "another worker goes on with it"
+    except Yielded:
+        leave(desk, trial, run_id)
+        return "INTERRUPTED", None, f"{heart.wanted}: it goes on from its last state"
+    except (KeyboardInterrupt, *INTERRUPTING):
+        leave(desk, trial, run_id)
+        desk.listener.ended(number, "INTERRUPTED", None, "")
+        raise
+    except PrunedTrial as pruned:
+        heart.confirm(number)
+        tracker.stop(run_id, "pruned", str(pruned))
+        _tell(desk, trial, TrialState.PRUNED, "pruned")
+        return "PRUNED", None, str(pruned)
+    except CancelledTrial as cancelled:
+        heart.confirm(number)
+        tracker.stop(run_id, "cancelled", str(cancelled))
+        _tell(desk, trial, TrialState.FAIL, "cancelled", why=str(cancelled))
+        desk.store.ledger.control(desk.study.study_name, f"cancel:{number}", None)
+        return "CANCELLED", None, str(cancelled)
+    except (SQLAlchemyError, StorageInternalError):
+        raise  # The search database itself: nobody could be told.
+    except Exception as error:
+        # Whatever a library raises belongs to this trial; the next one may do better.
+        log.debug("trial %d failed", number, exc_info=True)
+        heart.confirm(number)
+        failure, why = failure_class(error), f"{type(error).__name__}: {one_line(error)}"
+        if run_id:
+            tracker.tags(run_id, {FAILURE: failure})
+            tracker.fail(run_id, error)
+        _tell(desk, trial, TrialState.FAIL, "failed", failure=failure, why=why)
+        return "FAILED", None, why
+    tracker.end(run_id, "FINISHED")
+    _tell(desk, trial, TrialState.COMPLETE, "finished", values)
+    return "FINISHED", done.objective, ""
+
+
+def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str, Any], seed: int) -> str:
+    """The trial's run in MLflow: the one that it has had since its first attempt."""
+    sweep, tracker = desk.sweep, desk.tracker
+    attempts = len(trial.user_attrs.get(ATTEMPTS, [])) or 1
+    if run_id:
+        tracker.reopen(run_id)
+        tracker.tags(run_id, {"crism.attempts": str(attempts)})
+        return run_id
+    tags = {
+        "crism.study": sweep.study,
+        "crism.trial_number": str(trial.number),
+        "crism.model": sweep.model.kind,
+        "crism.attempts": str(attempts),
+    }
+    if REPEAT in trial.user_attrs:
+        tags["crism.repeat_of"] = str(trial.user_attrs[REPEAT])
+    params = {**labels(trial.params, sweep.search), **choices, "seed": seed, "git_commit": git_commit() or "unknown"}
+    made = tracker.start(f"{sweep.study}-{trial.number:03d}", "trial", tags, params, desk.parent)
+    trial.set_user_attr(RUN_ID, made)
+    return made
+
+
+def _hooks(desk: Desk, trial: optuna.Trial) -> Hooks:
+    """What a trial's training calls: the caller's hooks, and whether it may go on."""
+    heart, number, sweep = desk.heart, trial.number, desk.sweep
+    begun, limit = time.monotonic(), sweep.engine.timeout_minutes
+    told = set(desk.study._storage.get_trial(trial._trial_id).intermediate_values)
+    searching = len(sweep.objective.metrics) == 1 and REPEAT not in trial.user_attrs
+
+    def go_on() -> None:
+        heart.check(number)
+        if heart.cancelled(number):
+            raise CancelledTrial("given up by crism-mlops cancel")
+        if limit is not None and time.monotonic() - begun > 60.0 * limit:
+            raise TrialTimeoutError(f"it took longer than engine.timeout_minutes: {limit:g}")
+
+    def step(at: int, total: int, loss: float) -> None:
+        desk.listener.hooks.step(at, total, loss)
+        go_on()
+
+    def phase(words: str) -> None:
+        desk.listener.hooks.phase(words)
+        go_on()
+
+    def report(epoch: int, figures: Mapping[str, float]) -> None:
+        desk.listener.hooks.report(epoch, figures)
+        go_on()
+        # Of a trial that goes on, Optuna knows the first epochs already.
+        if not searching or epoch in told:
+            return
+        told.add(epoch)
+        value = figures[sweep.objective.first]
+        with storage_errors(desk.store):
+            trial.report(value, epoch)
+            prune = trial.should_prune()
+        if prune:
+            raise PrunedTrial(f"pruned after epoch {epoch}: {value:.4g}")
+
+    return Hooks(step=step, report=report, phase=phase)
+
+
+def leave(desk: Desk, trial: optuna.Trial | FrozenTrial, run_id: str) -> None:
+    """Leave a trial for whoever goes on with it: interrupted in MLflow, waiting in Optuna, held by nobody."""
+    if run_id:
+        try:
+            desk.tracker.stop(run_id, INTERRUPTED)
+        except TrackingError as error:
+            # The search must not wait for that: the next attempt opens the run again, or `reconcile` ends it.
+            log.warning("MLflow does not hear that trial %d was interrupted: %s", trial.number, error)
+    storage = desk.study._storage
+    storage.set_trial_user_attr(trial._trial_id, STATE, INTERRUPTED)
+    end_attempt(storage, storage.get_trial(trial._trial_id), INTERRUPTED, desk.heart.now())
+    storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    desk.store.ledger.free(desk.heart.me.worker)
+
+
+def _tell(
+    desk: Desk, trial: optuna.Trial, state: TrialState, how: str, values: Sequence[float] | None = None,
+    **attributes: str,
+) -> None:  # fmt: skip
+    """Tell Optuna how a trial ended, and let go of it."""
+    storage = desk.study._storage
+    for key, value in {"state": how, **attributes}.items():
+        if value:
+            storage.set_trial_user_attr(trial._trial_id, f"crism.{key}", value)
+    end_attempt(storage, storage.get_trial(trial._trial_id), how, desk.heart.now())
+    desk.study.tell(trial, values, state)
+    desk.store.ledger.free(desk.heart.me.worker)
+
+
+def ended_as(run: RunInfo) -> str | None:
+    """How a trial's run ended, None if it did not. MLflow calls a run finished for a moment while
+    its model is logged: it has no model id then."""
+    stopped = run.tags.get("crism.stopped")
+    if run.status == "FINISHED" and "crism.model_id" in run.tags and "objective" in run.metrics:
+        return "finished"
+    if run.status == "KILLED" and stopped in ("pruned", "cancelled"):
+        return stopped
+    return "failed" if run.status == "FAILED" and stopped == "failed" else None
+
+
+def ended_values(run: RunInfo, metrics: Sequence[str]) -> list[float]:
+    """The values of a run's objective, of several their figures on all validation scenes."""
+    return [run.metrics["objective"], *(run.metrics[metric] for metric in metrics[1:])]
+
+
+def tell_as(desk: Desk, trial: optuna.Trial, run: RunInfo, ended: str) -> None:
+    """Tell Optuna what MLflow knows already."""
+    if ended == "finished":
+        _tell(desk, trial, TrialState.COMPLETE, ended, ended_values(run, desk.sweep.objective.metrics))
+    elif ended == "pruned":
+        _tell(desk, trial, TrialState.PRUNED, ended)
+    else:
+        _tell(desk, trial, TrialState.FAIL, ended, why=run.tags.get(WHY, ""), failure=run.tags.get(FAILURE, ""))
+    value = run.metrics["objective"] if ended == "finished" else None
+    desk.listener.ended(trial.number, ended.upper(), value, "its worker died after it had ended")
+
+
+def failure_class(error: BaseException) -> str:
+    """Why a trial failed, in one word or two."""
+    from crism_mlops.training import out_of_memory
+
+    if isinstance(error, MemoryShortError) or out_of_memory(error):
+        return "out of memory"
+    if isinstance(error, (NonFiniteError, EvaluationError)):
+        return "non-finite"
+    if isinstance(error, TrialTimeoutError):
+        return "timeout"
+    if isinstance(error, (DatasetError, SceneError, ProductError)):
+        return "data"
+    return "configuration" if isinstance(error, (ConfigError, ModelError)) else "crash"
+
+
+def _values(sweep: SweepConfig, done: TrackedRun) -> list[float]:
+    values = [done.objective, *(done.scores[metric] for metric in sweep.objective.metrics[1:])]
+    for metric, value in zip(sweep.objective.metrics, values, strict=True):
+        if not math.isfinite(value):
+            raise EvaluationError(f"{metric} is {value} on the validation scenes; choose another objective.metric")
+    return values
+
+
+def _constrain(sweep: SweepConfig, trial: optuna.Trial, done: TrackedRun, tracker: Tracker) -> None:
+    """Tell both trackers which limits a trial breaks, before either hears of its end.
+
+    Raises EvaluationError for a limit on a figure that the validation scenes do not define.
+    """
+    broken = []
+    for figure, limit in sweep.constraints.items():
+        excess = limit.excess(done.scores[figure])
+        if math.isnan(excess):
+            raise EvaluationError(
+                f"{figure} is not defined on the validation scenes, so the constraint on it cannot be kept; take it "
+                "out of constraints, or look at the warnings above"
+            )
+        trial.set_constraint(figure, excess)
+        if excess > 0.0:
+            broken.append(f"{figure} is {done.scores[figure]:.4g}, {limit}")
+    if broken:
+        tracker.tags(done.run_id, {INFEASIBLE: "; ".join(broken)})
+
+
+def trial_seed(*parts: object) -> int:
+    """A seed of 31 bits from what names a trial."""
+    text = "/".join(str(p) for p in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
