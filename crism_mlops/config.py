@@ -53,7 +53,6 @@ from crism_mlops.config_search import (
     extremes,
     is_active,
     keys_of,
-    merge,
     own_value,
     points,
     values,
@@ -181,41 +180,19 @@ class SweepConfig(RunConfig):
                 )
 
     def _legal(self) -> None:
-        """Every sample of every entry, and of every two of them, must make a legal configuration."""
+        """Every sample of every entry must make a legal configuration, where it is searched at all.
+
+        What two entries forbid each other is told by doctor, and fails the trials that draw it.
+        """
         text = self._run_text
-        tried = {label: list(assignments(self.search, label)) for label in self.search}
-        for label, each in tried.items():
-            for one in each:
+        for label in self.search:
+            for one in assignments(self.search, label):
                 try:
                     _with(text, expand(self.search, one))
                 except ValidationError as error:
                     raise ValueError(f"{_naming(label, one)}: {explain(error, RunConfig)}") from error
                 except ConfigError as error:
                     raise ValueError(f"{_naming(label, one)}: {error}") from error
-        for (label, each), (other, others) in combinations(tried.items(), 2):
-            if not self._related(label, other):
-                continue
-            for one in each:
-                for second in others:
-                    both = merge(one, second)
-                    if both is None or both in (one, second):
-                        continue
-                    try:
-                        _with(text, expand(self.search, both))
-                    except ValidationError as error:
-                        raise ValueError(
-                            f"{_naming(label, both)} with {_naming(other, both)}: {explain(error, RunConfig)}; make "
-                            "one depend on the other with `when`, or put both in a group"
-                        ) from error
-
-    def _related(self, label: str, other: str) -> bool:
-        """Whether two entries may forbid each other's values: what validates across keys is in a section, or
-        between the data and the model."""
-        tops = [
-            {"data" if k.split(".")[0] == "model" else k.split(".")[0] for k in keys_of(one, self.search[one])}
-            for one in (label, other)
-        ]
-        return bool(tops[0] & tops[1])
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> SweepConfig:
@@ -275,6 +252,8 @@ class SweepConfig(RunConfig):
                             f"enqueue.{index}.{label}: it is searched only where {parent} is one of "
                             f"{', '.join(map(repr, wanted))}; here it is {own[parent]!r}"
                         )
+            if any(is_active(one, own) and label not in own for label, one in self.search.items()):
+                continue  # What is drawn decides.
             try:
                 _with(self._run_text, expand(self.search, own))
             except ValidationError as error:
