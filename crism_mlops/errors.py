@@ -62,6 +62,17 @@ class TrackingError(CrismError):
     """The MLflow server or store cannot be used."""
 
 
+class TrackingAwayError(TrackingError):
+    """The MLflow server or store does not answer, or says "not now": the same call may succeed later.
+
+    `doubtful`: it answered, with an internal error. That may pass, or come again for ever.
+    """
+
+    def __init__(self, message: str, *, doubtful: bool = False) -> None:
+        super().__init__(message)
+        self.doubtful = doubtful
+
+
 class StudyError(CrismError):
     """A study that cannot be continued as asked."""
 

@@ -5,50 +5,73 @@ Tags and metrics are a contract that people filter by; they are listed in docs/t
 
 from __future__ import annotations
 
-import http.client
+import io
 import json
-import logging
-import os
-import socket
-import sqlite3
 import subprocess
 import tempfile
+import time
 import traceback
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from crism_mlops.errors import TrackingError, one_line
+from crism_mlops.tracking_store import (
+    DEFAULT_ROOT,
+    Outage,
+    _migration_lock,
+    artifact_folder,
+    connect,
+    default_tracking_uri,
+    download_checkpoint,
+    patiently,
+    retry_ourselves,
+    shown,
+    sqlite_path,
+    translated,
+)
 
-# Read by mlflow when it is imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+if TYPE_CHECKING:
+    from crism_mlops.buffered import BufferedTracker
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "DEFAULT_ROOT",
+    "INFEASIBLE",
+    "Kind",
+    "RunInfo",
+    "Tracker",
+    "artifact_folder",
+    "connect",
+    "default_tracking_uri",
+    "download_checkpoint",
+    "flat_json",
+    "git_commit",
+    "shown",
+    "sqlite_path",
+    "translated",
+]
 
-DEFAULT_ROOT = Path("mlruns")
+T = TypeVar("T")
 Kind = Literal["study", "trial", "floor", "ceiling", "evaluation", "published"]
 _READING = "crism.test_reading."
 INFEASIBLE = "crism.infeasible"  # on a finished trial that breaks a constraint of its study: which, and by how much
 Status = Literal["FINISHED", "KILLED", "FAILED", "RUNNING"]
 MODEL_CODE = Path(__file__).parent / "registry" / "pyfunc.py"
 _MAX_PARAM = 6000
-_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-
-
-def default_tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or SQLite under mlruns/ (the file store is deprecated in MLflow)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_ROOT / 'mlflow.db'}"
+# What MLflow takes in one call.
+_METRICS_A_CALL, _ITEMS_A_CALL = 1000, 100
+_REQUEST = "crism.request"
+_CHECKPOINT = "crism.checkpoint_digest"
+# Where MLflow's UI looks for what it shows as a table.
+_TABLES = "mlflow.loggedArtifacts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +91,28 @@ class RunInfo:
 
 
 class Tracker:
-    """One experiment of one tracking store."""
+    """One experiment of one tracking store. A method returns when the store has what it was told."""
 
-    def __init__(self, uri: str | None, experiment: str, *, create: bool = True) -> None:
-        """Raises TrackingError where the store cannot be reached, or (create=False) holds no such experiment."""
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        *,
+        create: bool = True,
+        patience: float = 0.0,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """Raises TrackingError where the store cannot be reached, or (create=False) holds no such experiment:
+        at once, it may be a wrong address. A store that goes away later is waited for: each call tries again
+        until `patience` seconds have passed (math.inf: for ever); `say` hears when that begins and ends."""
         self.uri = uri or default_tracking_uri()
+        self.patience = patience
+        self.outage = Outage(self.uri, say, "trying again")
         path = sqlite_path(self.uri)
         if not create and path is not None and not path.is_file():
             raise TrackingError(f"{self.uri}: no such store yet; run a sweep first, e.g. sweeps/quickstart-unet.yaml")
+        if patience:
+            retry_ourselves()
         self.client = connect(self.uri)
         self.experiment = experiment
         with translated(self.uri), _migration_lock(self.uri):
@@ -102,8 +139,81 @@ class Tracker:
 
     def delete(self, run_id: str) -> None:
         """Mark a run as deleted; MLflow can restore it until it is garbage-collected."""
-        with translated(self.uri):
-            self.client.delete_run(run_id)
+        self._ask(lambda: self.client.delete_run(run_id))
+
+    @property
+    def pending(self) -> int:
+        """How many updates wait for the store."""
+        return 0
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when (time.time()) the store has not answered; None where it does."""
+        return self.outage.since
+
+    @contextmanager
+    def buffered(self, folder: Path, say: Callable[[str], None] | None = None) -> Iterator[BufferedTracker]:
+        """A tracker for one trial, whose updates never wait for the store: they lie in `folder`, which is the
+        trial's own and outlives its process, until they are delivered. See BufferedTracker."""
+        from crism_mlops.buffered import BufferedTracker
+
+        with BufferedTracker(self, folder, say) as buffered:
+            yield buffered
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """An operation that needs an answer."""
+
+        def translated_call() -> T:
+            with translated(self.uri):
+                return call()
+
+        return patiently(self.uri, translated_call, self.patience, self.outage)
+
+    def _tell(self, op: dict[str, Any], payload: bytes | None = None) -> None:
+        """An operation that needs none."""
+        self._ask(lambda: self._send(op, payload))
+
+    def _send(self, op: Mapping[str, Any], payload: bytes | None) -> None:
+        """Tell MLflow. Of every operation the second time changes nothing."""
+        run_id = op["run"]
+        match op["op"]:
+            case "metrics":
+                self._send_metrics(run_id, op["metrics"])
+            case "params":
+                from mlflow.entities import Param
+
+                for part in _parts(op["params"].items(), _ITEMS_A_CALL):
+                    self.client.log_batch(run_id, params=[Param(k, v) for k, v in part])
+            case "tags":
+                from mlflow.entities import RunTag
+
+                for part in _parts(op["tags"].items(), _ITEMS_A_CALL):
+                    self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in part])
+            case "file" if payload is not None:
+                self._send_file(run_id, payload, op["file"], op["table"])
+            case other:
+                raise TrackingError(f"cannot tell MLflow {other!r}: written by another version, or damaged")
+
+    def _send_metrics(self, run_id: str, rows: Sequence[Sequence[Any]]) -> None:
+        from mlflow.entities import Metric
+
+        for part in _parts(rows, _METRICS_A_CALL):
+            self.client.log_batch(run_id, metrics=[Metric(*row) for row in part])
+
+    def _send_file(self, run_id: str, content: bytes, file: str, table: bool) -> None:
+        place = PurePosixPath(file)
+        within = None if place.parent == PurePosixPath(".") else str(place.parent)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / place.name
+            path.write_bytes(content)
+            self.client.log_artifact(
+                run_id, str(path), None if place.parent == PurePosixPath(".") else str(place.parent)
+            )
+        if table:
+            known = json.loads(self.client.get_run(run_id).data.tags.get(_TABLES, "[]"))
+            entry = {"path": file, "type": "table"}
+            if entry not in known:
+                self.client.set_tag(run_id, _TABLES, json.dumps([*known, entry]))
 
     def _create(self) -> Any:
         from mlflow.exceptions import MlflowException
@@ -120,77 +230,97 @@ class Tracker:
         return self.client.get_experiment_by_name(self.experiment)
 
     def start(
-        self, name: str, kind: Kind, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None
+        self,
+        name: str,
+        kind: Kind,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        parent: str | None = None,
+        *,
+        once: Sequence[str] = (),
     ) -> str:
-        """Create a run; returns its id."""
+        """Create a run; returns its id.
+
+        `once` names the tags that identify it ("crism.kind" is one): where the experiment has a run with
+        these, that is returned as it stands, with the parameters that it lacked.
+        """
         every = {"crism.kind": kind, **tags}
         if parent is not None:
             every["mlflow.parentRunId"] = parent
         commit = git_commit()
         if commit is not None:
             every["mlflow.source.git.commit"] = commit
-        with translated(self.uri):
-            run = self.client.create_run(self.experiment_id, tags=every, run_name=name)
-            self.params(run.info.run_id, params)
-        return str(run.info.run_id)
+        if self.patience and not once:
+            # A server that goes away in mid-call may have made the run: the next attempt knows it by this.
+            every[_REQUEST] = uuid.uuid4().hex
+        keys = tuple(once) or ((_REQUEST,) if _REQUEST in every else ())
+        tried = bool(once)
+
+        def create() -> tuple[str, Mapping[str, str]]:
+            nonlocal tried
+            if tried and keys and (found := self._search({k: every[k] for k in keys})):
+                return found[0].run_id, found[0].params
+            tried = True
+            return str(self.client.create_run(self.experiment_id, tags=every, run_name=name).info.run_id), {}
+
+        run_id, known = self._ask(create)
+        self.params(run_id, {k: v for k, v in params.items() if k not in known})
+        return run_id
 
     def params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Log parameters in one call; None becomes "none"."""
-        from mlflow.entities import Param
-
+        """Log parameters; None becomes "none"."""
         texts = {k: ("none" if v is None else str(v))[:_MAX_PARAM] for k, v in params.items()}
         if texts:
-            with translated(self.uri):
-                self.client.log_batch(run_id, params=[Param(k, v) for k, v in texts.items()])
+            self._tell({"op": "params", "run": run_id, "params": texts})
 
     def metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics in one call."""
-        import time
-
-        from mlflow.entities import Metric
-
+        """Log metrics, as of now."""
         now = int(time.time() * 1000)
-        with translated(self.uri):
-            self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+        rows = [[k, float(v), now, int(step)] for k, v in metrics.items()]
+        self._tell({"op": "metrics", "run": run_id, "metrics": rows})
 
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        from mlflow.entities import RunTag
-
-        with translated(self.uri):
-            self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        self._tell({"op": "tags", "run": run_id, "tags": {k: str(v) for k, v in tags.items()}})
 
     def text(self, run_id: str, text: str, file: str) -> None:
         """Log a text artifact."""
-        with translated(self.uri):
-            self.client.log_text(run_id, text, file)
+        self._tell_file(run_id, text.encode(), file)
 
     def figure(self, run_id: str, figure: Any, file: str) -> None:
         """Log a matplotlib figure as a picture."""
-        with translated(self.uri):
-            self.client.log_figure(run_id, figure, file)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=PurePosixPath(file).suffix[1:])
+        self._tell_file(run_id, picture.getvalue(), file)
 
     def table(self, run_id: str, rows: Any, file: str) -> None:
-        """Log rows (dicts) as a table that MLflow's UI shows."""
+        """Log rows (dicts) as a table, .json or .parquet, that MLflow's UI shows, in place of an earlier one.
+
+        (MLflow's own log_table appends to that: a trial that goes on would have each row twice.)
+        """
         import pandas
 
-        with translated(self.uri), warnings.catch_warnings():
-            # MLflow looks for pictures among the columns in a way that pandas 3 deprecates.
-            warnings.filterwarnings("ignore", message="For backward compatibility, 'str' dtypes")
-            self.client.log_table(run_id, pandas.DataFrame(list(rows)), file)
+        frame = pandas.DataFrame(list(rows))
+        if file.endswith(".parquet"):
+            content = frame.to_parquet(index=False)
+        else:
+            content = frame.to_json(orient="split", index=False, date_format="iso").encode()
+        self._tell_file(run_id, content, file, table=True)
+
+    def _tell_file(self, run_id: str, content: bytes, file: str, table: bool = False) -> None:
+        self._tell({"op": "file", "run": run_id, "file": file, "table": table}, content)
 
     def note_test_reading(self, run_id: str, reason: str, test_digest: str) -> None:
         """Count a reading of the test set on the experiment: with time, run, reason and the set's digest."""
         entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "run": run_id, "reason": reason,
                  "test_digest": test_digest}  # fmt: skip
-        with translated(self.uri):
-            # A key of its own, so that two at once do not count as one.
-            self.client.set_experiment_tag(self.experiment_id, f"{_READING}{uuid.uuid4().hex}", json.dumps(entry))
+        # A key of its own, so that two at once do not count as one, and one that is told twice does.
+        key = f"{_READING}{uuid.uuid4().hex}"
+        self._ask(lambda: self.client.set_experiment_tag(self.experiment_id, key, json.dumps(entry)))
 
     def test_readings(self) -> list[dict[str, str]]:
         """Every reading of a test set in the experiment, oldest first: time, run, reason, test_digest."""
-        with translated(self.uri):
-            tags = self.client.get_experiment(self.experiment_id).tags
+        tags = self._ask(lambda: self.client.get_experiment(self.experiment_id).tags)
         found = [json.loads(value) for key, value in tags.items() if key.startswith(_READING)]
         return sorted(found, key=lambda entry: str(entry["time"]))
 
@@ -199,39 +329,64 @@ class Tracker:
         logged none."""
         import pandas
 
-        with translated(self.uri), tempfile.TemporaryDirectory() as folder:
-            if file not in {item.path for item in self.client.list_artifacts(run_id)}:
-                raise TrackingError(f"run {run_id} has no {file}; it did not finish, or is of an older version")
-            rows = pandas.read_parquet(self.client.download_artifacts(run_id, file, folder)).to_dict("records")
+        def read() -> Any:
+            with tempfile.TemporaryDirectory() as folder:
+                if file not in {item.path for item in self.client.list_artifacts(run_id)}:
+                    raise TrackingError(f"run {run_id} has no {file}; it did not finish, or is of an older version")
+                return pandas.read_parquet(self.client.download_artifacts(run_id, file, folder))
+
+        rows = self._ask(read).to_dict("records")
         return [{str(key): value for key, value in row.items()} for row in rows]
 
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
-        """Log a checkpoint folder as a logged model (models from code, no pickle); returns its model id."""
+        """Log a checkpoint folder as a logged model (models from code, no pickle); returns its model id.
+
+        A model of this run with the same bytes, metadata and channels is not logged twice: what an attempt
+        that got no answer has left is completed, or returned where it is complete.
+        """
+        digest = _model_digest(checkpoint, metadata, channels)
+        return self._ask(lambda: self._log_model(run_id, checkpoint, metadata, channels, digest))
+
+    def _log_model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int, digest: str) -> str:
         import mlflow
+        from mlflow.models import Model
 
         from crism_mlops import __version__
 
         pins = [f"crism-mlops=={__version__}", *(_pin(p) for p in ("torch", "diffusers", "transformers", "mlflow"))]
-        with translated(self.uri), warnings.catch_warnings():
+        same = f"source_run_id = '{run_id}' AND tags.`{_CHECKPOINT}` = '{digest}'"
+        known = self.client.search_logged_models([self.experiment_id], filter_string=same)
+        for model in known:
+            if str(model.status) == "READY":
+                return str(model.model_id)
+        model = known[0] if known else self.client.create_logged_model(
+            self.experiment_id, "model", source_run_id=run_id, tags={_CHECKPOINT: digest},
+            params=self.client.get_run(run_id).data.params,
+        )  # fmt: skip
+        with warnings.catch_warnings():
             # MLflow asks for an input example: the signature says it all, and a scene is megabytes of JSON.
             warnings.filterwarnings("ignore", message=".*[Ii]nput example.*", category=UserWarning)
-            with mlflow.start_run(run_id=run_id):
-                info = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=str(MODEL_CODE),
-                    artifacts={"checkpoint": str(checkpoint)},
-                    signature=_signature(channels),
-                    metadata=dict(metadata),
-                    pip_requirements=pins,
-                )
-            # Leaving start_run marks the run as finished; the trial is not over yet.
-            self.client.update_run(run_id, status="RUNNING")
-        return str(info.model_id)
+            # The store that MLflow's functions without a client use is the last tracker's; this is ours.
+            mlflow.set_tracking_uri(self.uri)
+            # Not mlflow.pyfunc.log_model, which takes no run: it needs mlflow.start_run, and that calls the run
+            # finished for a moment and is in the way of the next attempt when the server goes away within.
+            Model.log(
+                artifact_path=None,
+                name="model",
+                flavor=mlflow.pyfunc,
+                run_id=run_id,
+                model_id=model.model_id,
+                python_model=str(MODEL_CODE),
+                artifacts={"checkpoint": str(checkpoint)},
+                signature=_signature(channels),
+                metadata=dict(metadata),
+                pip_requirements=pins,
+            )
+        return str(model.model_id)
 
     def end(self, run_id: str, status: Status) -> None:
         """Give a run its final status."""
-        with translated(self.uri):
-            self.client.set_terminated(run_id, status=status)
+        self._ask(lambda: self.client.set_terminated(run_id, status=status))
 
     def stop(self, run_id: str, how: str, why: str = "") -> None:
         """End a run that was pruned or interrupted: KILLED, with a tag that says which."""
@@ -246,32 +401,36 @@ class Tracker:
 
     def reopen(self, run_id: str) -> None:
         """An ended run runs again; how it ended last time is forgotten."""
-        with translated(self.uri):
-            for tag in {"crism.stopped", "crism.why"} & set(self.run(run_id).tags):
+
+        def reopen() -> None:
+            for tag in {"crism.stopped", "crism.why"} & set(self.client.get_run(run_id).data.tags):
                 self.client.delete_tag(run_id, tag)
             self.client.update_run(run_id, status="RUNNING")
 
+        self._ask(reopen)
+
     def find(self, **tags: str) -> list[RunInfo]:
         """Runs of the experiment that carry all of these tags (`crism_kind` means crism.kind), oldest first."""
+        return self._ask(lambda: self._search({k.replace("_", ".", 1): v for k, v in tags.items()}))
+
+    def _search(self, tags: Mapping[str, str]) -> list[RunInfo]:
         if any("'" in v for v in tags.values()):
             return []  # MLflow's filter cannot say it, and no tag of ours holds a quote.
-        terms = [f"tags.`{k.replace('_', '.', 1)}` = '{v}'" for k, v in tags.items()]
+        terms = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())
         runs: list[RunInfo] = []
         token = None
-        with translated(self.uri):
-            while True:
-                page = self.client.search_runs(
-                    [self.experiment_id], " and ".join(terms), order_by=["attributes.start_time ASC"], page_token=token
-                )
-                runs += [_info(r) for r in page]
-                token = page.token
-                if not token:
-                    return runs
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], terms, order_by=["attributes.start_time ASC"], page_token=token
+            )
+            runs += [_info(r) for r in page]
+            token = page.token
+            if not token:
+                return runs
 
     def run(self, run_id: str) -> RunInfo:
         """One run by its id."""
-        with translated(self.uri):
-            return _info(self.client.get_run(run_id))
+        return _info(self._ask(lambda: self.client.get_run(run_id)))
 
     def ui_url(self) -> str | None:
         """Where the experiment is seen, if the store is a server."""
@@ -316,6 +475,24 @@ def _signature(channels: int) -> Any:
     return ModelSignature(inputs=images, outputs=output, params=params)
 
 
+def _model_digest(checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
+    """Of all that a logged model is made of."""
+    digest = sha256(json.dumps([metadata, channels], sort_keys=True, default=str).encode())
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        digest.update(f"\0{path.relative_to(checkpoint).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _parts(items: Any, size: int) -> Iterator[list[Any]]:
+    """Items, so many at a time."""
+    left = iter(items)
+    while part := list(islice(left, size)):
+        yield part
+
+
 def _pin(package: str) -> str:
     from importlib.metadata import version
 
@@ -331,119 +508,6 @@ def _info(run: Any) -> RunInfo:
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
     )
-
-
-def connect(uri: str) -> Any:
-    """A client of a tracking store and its registry, once it is known to answer."""
-    _reach(uri)
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with translated(uri), _migration_lock(uri):
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        client = mlflow.MlflowClient(uri, uri)
-        # Lays out a fresh database, where the constructor has not.
-        client.search_experiments(max_results=1)
-        client.search_registered_models(max_results=1)
-    return client
-
-
-def download_checkpoint(uri: str | None, model_uri: str) -> Path:
-    """The checkpoint folder of a logged or registered model, downloaded where it is remote."""
-    uri = uri or default_tracking_uri()
-    connect(uri)
-    import mlflow
-
-    with translated(uri):
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
-    return folder / "artifacts" / "checkpoint"
-
-
-def _reach(uri: str) -> None:
-    """Fail at once, in one line, where MLflow would retry for minutes."""
-    parts = urllib.parse.urlsplit(uri)
-    path = sqlite_path(uri)
-    try:
-        if parts.scheme in ("http", "https"):
-            # urllib takes what stands before an @ for a part of the host's name.
-            bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-            try:
-                urllib.request.urlopen(bare.rstrip("/") + "/health", timeout=10).close()
-            except urllib.error.HTTPError as answer:
-                answer.close()  # Something answers; what it thinks of us comes with the first real call.
-        elif path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                connection = sqlite3.connect(path)
-                try:
-                    connection.execute("PRAGMA schema_version")
-                finally:
-                    connection.close()
-        elif parts.scheme in ("", "file"):
-            raise TrackingError(
-                f"tracking store {uri!r}: MLflow no longer takes plain folders; use sqlite:///FOLDER/mlflow.db "
-                "or a server"
-            )
-        elif parts.hostname and (port := parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])):
-            socket.create_connection((parts.hostname, port), timeout=10).close()
-    except (OSError, ValueError, http.client.HTTPException, sqlite3.Error) as error:
-        if path is not None:
-            raise TrackingError(f"tracking store {uri}: {one_line(error)}; name another with --tracking-uri") from error
-        raise TrackingError(
-            f"tracking server {shown(uri)} does not answer ({shown(uri, one_line(error))}); start it, or use the local "
-            "store by leaving out --tracking-uri and MLFLOW_TRACKING_URI"
-        ) from error
-
-
-def artifact_folder(uri: str, experiment: str) -> Path | None:
-    """Where a new experiment's artifacts go: beside the SQLite file, or below mlruns/ for another database;
-    None for a server, which has a place of its own."""
-    if uri.startswith(("http://", "https://")):
-        return None
-    path = sqlite_path(uri)
-    root = DEFAULT_ROOT if path is None else path.parent
-    return (root / "artifacts" / urllib.parse.quote(experiment, safe="")).absolute()
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite URI (three slashes: relative, four: absolute), None for other stores."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
-
-
-@contextmanager
-def _migration_lock(uri: str) -> Iterator[None]:
-    """Several processes on a fresh SQLite file race in MLflow's schema migration."""
-    path = sqlite_path(uri)
-    if path is None:
-        yield
-        return
-    from filelock import FileLock
-
-    with FileLock(f"{path}.lock"):
-        yield
-
-
-@contextmanager
-def translated(uri: str) -> Iterator[None]:
-    """MLflow's errors, and those of the database below it, as a TrackingError of one line."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError) as error:
-        raise TrackingError(f"tracking store {shown(uri)}: {shown(uri, one_line(error))}") from error
-
-
-def shown(uri: str, text: str | None = None) -> str:
-    """A URI without its password, or a text that may quote the URI."""
-    password = urllib.parse.urlsplit(uri).password
-    text = uri if text is None else text
-    return text.replace(f":{password}@", ":***@") if password else text
 
 
 def flat_json(content: Any) -> str:

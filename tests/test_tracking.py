@@ -18,6 +18,7 @@ from trackers import EXPERIMENT, new_tracker, tracking_store
 from crism_mlops import tracking
 from crism_mlops.errors import TrackingError
 from crism_mlops.tracking import Tracker, default_tracking_uri, git_commit, shown
+from crism_mlops.tracking_store import _reach
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_server_that_does_not_answer(closed_port: int, scheme: str) -> None:
 
 def test_health_is_asked_without_the_password(health_server: tuple[int, list[str]]) -> None:
     port, asked = health_server
-    tracking._reach(f"http://user:secret@127.0.0.1:{port}/")
+    _reach(f"http://user:secret@127.0.0.1:{port}/")
     assert asked == ["/health"]
 
 

@@ -6,6 +6,7 @@ MLflow takes seconds to lay out a database, so one is made and then copied for e
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,10 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="crism-stores-")
 def _mlflow_template() -> Path:
     path = Path(_FOLDER.name) / "mlflow" / "mlflow.db"
     Tracker(f"sqlite:///{path}", "anything")
+    connection = sqlite3.connect(path)
+    # Into the file that is copied, what stands in its write-ahead log.
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
     return path
 
 
