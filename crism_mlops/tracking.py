@@ -22,6 +22,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from crism_mlops.errors import TrackingError, one_line
 from crism_mlops.tracking_store import (
@@ -134,7 +135,7 @@ class Tracker:
         path = sqlite_path(self.uri)
         if path is not None:
             return f"sqlite:///{path.absolute()}"
-        parts = urllib.parse.urlsplit(self.uri)
+        parts = urlsplit(self.uri)
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     def delete(self, run_id: str) -> None:
@@ -145,6 +146,9 @@ class Tracker:
     def pending(self) -> int:
         """How many updates wait for the store."""
         return 0
+
+    def flush(self, within: float | None = None) -> None:
+        """Wait until the store has everything, `within` so many seconds: here it always has."""
 
     @property
     def away_since(self) -> float | None:
@@ -202,7 +206,6 @@ class Tracker:
 
     def _send_file(self, run_id: str, content: bytes, file: str, table: bool) -> None:
         place = PurePosixPath(file)
-        within = None if place.parent == PurePosixPath(".") else str(place.parent)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / place.name
             path.write_bytes(content)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ INTERRUPTED = "interrupted"
 RUN_ID = "crism.run_id"
 FAILURE = "crism.failure"
 WHY = "crism.why"
+FAREWELL_S = 5.0
 RunTrial = Callable[..., TrackedRun]
 
 
@@ -128,7 +130,12 @@ def take_up(desk: Desk, trial: optuna.Trial) -> None:
         _tell(desk, trial, TrialState.FAIL, "failed", failure="crash", why=why)
         desk.listener.ended(trial.number, "FAILED", None, why)
         return
-    state, value, why = _run(desk, trial, run_id)
+    # Updates that the tracking server has not taken lie beside the trial's folder: that goes when it ends.
+    outbox = desk.work / "outbox" / f"{trial.number:04d}"
+    with desk.tracker.buffered(outbox, desk.listener.say) as tracker:
+        state, value, why = _run(replace(desk, tracker=tracker), trial, run_id)
+    if state in ("FINISHED", "PRUNED"):
+        shutil.rmtree(outbox, ignore_errors=True)
     desk.listener.ended(trial.number, state, value, why)
 
 
@@ -204,7 +211,8 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
     if REPEAT in trial.user_attrs:
         tags["crism.repeat_of"] = str(trial.user_attrs[REPEAT])
     params = {**labels(trial.params, sweep.search), **choices, "seed": seed, "git_commit": git_commit() or "unknown"}
-    made = tracker.start(f"{sweep.study}-{trial.number:03d}", "trial", tags, params, desk.parent)
+    name, once = f"{sweep.study}-{trial.number:03d}", ("crism.kind", "crism.study", "crism.trial_number")
+    made = tracker.start(name, "trial", tags, params, desk.parent, once=once)
     trial.set_user_attr(RUN_ID, made)
     return made
 
@@ -252,6 +260,8 @@ def leave(desk: Desk, trial: optuna.Trial | FrozenTrial, run_id: str) -> None:
     """Leave a trial for whoever goes on with it: interrupted in MLflow, waiting in Optuna, held by nobody."""
     if run_id:
         try:
+            # Whoever asked to stop does not wait for a server that is away.
+            desk.tracker.flush(within=FAREWELL_S)
             desk.tracker.stop(run_id, INTERRUPTED)
         except TrackingError as error:
             # The search must not wait for that: the next attempt opens the run again, or `reconcile` ends it.
