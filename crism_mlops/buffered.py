@@ -98,8 +98,8 @@ class BufferedTracker(Tracker):
     def _left(self) -> TrackingAwayError:
         why = "is slow" if self._last is None else f"does not answer ({one_line(self._last)})"
         return TrackingAwayError(
-            f"tracking server {shown(self.uri)} {why}; {self._outbox.pending()} updates wait in "
-            f"{self._outbox.folder}, the same command delivers them"
+            f"tracking server {shown(self.uri)} {why}; {_updates(self._outbox.pending(), 'waits', 'wait')} in "
+            f"{self._outbox.folder}, the same command goes on from there"
         )
 
     def _ask(self, call: Callable[[], T]) -> T:
@@ -107,10 +107,11 @@ class BufferedTracker(Tracker):
         return super()._ask(call)
 
     def _tell(self, op: dict[str, Any], payload: bytes | None = None) -> None:
-        self._complain()
+        # First of all this one is kept: what may be raised is about earlier ones.
         self._outbox.put(op, payload)
         with self._news:
             self._news.notify_all()
+        self._complain()
 
     def _complain(self) -> None:
         with self._news:
@@ -121,10 +122,9 @@ class BufferedTracker(Tracker):
                 ) from self._broken
             refused, self._refused = self._refused, []
         if refused:
-            raise TrackingError(
-                f"{len(refused)} updates were refused and are kept in {self._outbox.folder / 'refused.jsonl'}, "
-                f"first {refused[0]}"
-            )
+            how = _updates(len(refused), "was refused and is", "were refused and are")
+            place = self._outbox.folder / "refused.jsonl"
+            raise TrackingError(f"{how} kept in {place}, first {refused[0]}")
 
     def _deliver(self) -> None:
         """The thread: everything in order, until the end."""
@@ -187,7 +187,8 @@ class BufferedTracker(Tracker):
             self._outbox.acknowledge(len(together))
 
     def _refuse(self, op: Op, error: Exception) -> None:
-        what = op.get("file") or ", ".join([row[0] for row in op.get("metrics", ())][:3])
+        names = [row[0] for row in op.get("metrics", ())] or [*op.get("params", ()), *op.get("tags", ())]
+        what = op.get("file") or ", ".join(names[:3])
         self._outbox.refuse(one_line(error))
         with self._news:
             self._refused.append(f"{op.get('op')} {what} of run {op.get('run')}: {one_line(error)}")
@@ -199,6 +200,10 @@ class BufferedTracker(Tracker):
         # It may be in a call that gets no answer: a daemon, it ends with the process.
         self._thread.join(timeout=FAREWELL)
         self._outbox.close()
+
+
+def _updates(count: int, one: str, more: str) -> str:
+    return f"1 update {one}" if count == 1 else f"{count} updates {more}"
 
 
 def _together(ops: Sequence[Op]) -> Sequence[Op]:

@@ -40,6 +40,7 @@ class Outbox:
         written, or another process uses it."""
         self.folder = folder
         self._journal, self._mark = folder / "journal.jsonl", folder / "acknowledged"
+        self._aside = folder / "refused.jsonl"
         self._lock = threading.RLock()
         self._closed = False
         try:
@@ -81,7 +82,7 @@ class Outbox:
             # which had been delivered.
             os.ftruncate(self._file, 0)
             self._note(0)
-            return
+            done = whole = 0
         self._size = whole
         self._acknowledged = end = done
         for line in content[done:whole].splitlines(keepends=True):
@@ -91,6 +92,12 @@ class Outbox:
             except ValueError:
                 op = {"op": "unreadable", "line": line.decode(errors="replace")}
             self._waiting.append((op, end))
+        # Of an operation that was being put, or had just been delivered, when the process died.
+        used = {op.get("payload") for op, _ in self._waiting}
+        refused = self._aside.read_text() if self._aside.is_file() else ""
+        for path in self.folder.glob("payload-*"):
+            if path.name not in used and path.name not in refused:
+                path.unlink()
 
     def put(self, op: Mapping[str, Any], payload: bytes | None = None) -> None:
         """Add an operation. Where it returns, a killed process loses nothing of it."""
@@ -108,18 +115,19 @@ class Outbox:
                 if written is not None:
                     written.unlink(missing_ok=True)
                 raise self._unwritable(error) from error
-            self._size += len(line)
+            # Asked of the file: where Ctrl-C came between writing a line and this, the line is there all the same.
+            self._size = os.fstat(self._file).st_size
             self._unsynced = True
             self._waiting.append((whole, self._size))
 
     def _append(self, line: bytes) -> None:
-        left = memoryview(line)
+        left, size = memoryview(line), os.fstat(self._file).st_size
         try:
             while left:
                 left = left[os.write(self._file, left) :]
         except OSError:
             # Half a line would join the next one.
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self._file, size)
             raise
 
     def payload(self, op: Op) -> Path:
@@ -158,7 +166,7 @@ class Outbox:
             if self._closed:
                 return
             op, _ = self._waiting[0]
-            with (self.folder / "refused.jsonl").open("a") as file:
+            with self._aside.open("a") as file:
                 file.write(json.dumps({"reason": reason, **op}) + "\n")
             op["kept"] = True
             self.acknowledge(1)

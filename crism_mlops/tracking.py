@@ -209,9 +209,7 @@ class Tracker:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / place.name
             path.write_bytes(content)
-            self.client.log_artifact(
-                run_id, str(path), None if place.parent == PurePosixPath(".") else str(place.parent)
-            )
+            self.client.log_artifact(run_id, str(path), within)
         if table:
             known = json.loads(self.client.get_run(run_id).data.tags.get(_TABLES, "[]"))
             entry = {"path": file, "type": "table"}
@@ -344,8 +342,8 @@ class Tracker:
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
         """Log a checkpoint folder as a logged model (models from code, no pickle); returns its model id.
 
-        A model of this run with the same bytes, metadata and channels is not logged twice: what an attempt
-        that got no answer has left is completed, or returned where it is complete.
+        A model of this run with the same bytes, metadata and channels is not logged twice: where an attempt
+        that got no answer has left a whole one, that is it.
         """
         digest = _model_digest(checkpoint, metadata, channels)
         return self._ask(lambda: self._log_model(run_id, checkpoint, metadata, channels, digest))
@@ -362,10 +360,16 @@ class Tracker:
         for model in known:
             if str(model.status) == "READY":
                 return str(model.model_id)
-        model = known[0] if known else self.client.create_logged_model(
-            self.experiment_id, "model", source_run_id=run_id, tags={_CHECKPOINT: digest},
+        for model in known:
+            # Begun by an attempt that got no answer. Not to be taken up: MLflow links a model to its run once.
+            self.client.delete_logged_model(model.model_id)
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            "model",
+            source_run_id=run_id,
+            tags={_CHECKPOINT: digest},
             params=self.client.get_run(run_id).data.params,
-        )  # fmt: skip
+        )
         with warnings.catch_warnings():
             # MLflow asks for an input example: the signature says it all, and a scene is megabytes of JSON.
             warnings.filterwarnings("ignore", message=".*[Ii]nput example.*", category=UserWarning)
