@@ -11,16 +11,20 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crism_mlops.cli_data import data_app
 from crism_mlops.cli_doctor import doctor
+from crism_mlops.cli_schema import schema
 from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
 from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
 from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
+
+if TYPE_CHECKING:
+    from crism_mlops.config import SweepConfig
 
 app = typer.Typer(
     help="Experiment tracking and hyperparameter sweeps for predicting CRISM mineralogy from CaSSIS-like bands.",
@@ -96,7 +100,7 @@ def sweep(
 
     check_data(config.data)
     if dry_run:
-        _print_dry_run(config)
+        _print_dry_run(config, tracking_uri)
         return
     from crism_mlops.scenes.sources import load_scenes, require_source
     from crism_mlops.tracking import Tracker, shown
@@ -121,19 +125,19 @@ def sweep(
     )
 
 
-def _print_dry_run(config: Any) -> None:
-    import yaml
+def _print_dry_run(config: SweepConfig, tracking_uri: str | None) -> None:
+    from crism_mlops.errors import TrackingError
+    from crism_mlops.studies.estimate import estimate
+    from crism_mlops.studies.plan import as_yaml, plan
+    from crism_mlops.tracking import Tracker
 
-    from crism_mlops.studies.search_space import describe
-
-    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
-    typer.echo(
-        f"\n# search space, {config.budget.trials} trials in all, {config.objective.direction} {config.objective.first}"
-    )
-    for line in describe(config) or ["(nothing is searched)"]:
-        typer.echo(f"#   {line}")
-    for figure, limit in config.constraints.items():
-        typer.echo(f"# constraint: {figure} {limit}")
+    typer.echo(f"{as_yaml(config)}\n")
+    try:
+        known = Tracker(tracking_uri, config.experiment, create=False)
+    except TrackingError:
+        known = None  # No store yet, or none that answers: estimate says that nothing is known.
+    for line in [*plan(config), *estimate(config, known)]:
+        typer.echo(f"# {line}")
 
 
 @app.command()
@@ -218,6 +222,7 @@ def promote(
 app.command()(doctor)
 app.command()(evaluate)
 app.command()(prompts)
+app.command()(schema)
 app.command("train-vae")(train_vae)
 
 

@@ -62,6 +62,7 @@ class Objective(Section):
 
     @property
     def directions(self) -> list[Literal["minimize", "maximize"]]:
+        """Of every figure."""
         return [_direction(metric) for metric in self.metrics]
 
     @property

@@ -426,3 +426,193 @@ def test_constraints(tmp_path: Path) -> None:
 )
 def test_constraints_that_mean_nothing(tmp_path: Path, constraints: str, says: str) -> None:
     assert says in refused(tmp_path, UNET + f"constraints: {constraints}\n")
+
+
+# --- budget, samplers, pruners
+
+
+@pytest.mark.parametrize(
+    ("old", "words"),
+    [("trials=9", "unknown key trials: it is budget.trials now"), ("max_failures=2", "it is budget.failure_rate now")],
+)
+def test_keys_of_earlier_versions(tmp_path: Path, old: str, words: str) -> None:
+    assert words in refused(tmp_path, UNET, old)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sampler.kind=tpee", "sampler.kind: expected one of tpe, gp, cmaes"),
+        ("sampler.kind=tpee", "(found 'tpee'); did you mean tpe?"),
+        ("sampler={kind: gp, sigma: 0.3}", "unknown key sampler.sigma: an option of cmaes, and the kind is gp"),
+        (
+            "sampler={kind: random, startup_trials: 3}",
+            "unknown key sampler.startup_trials: an option of tpe, gp, cmaes",
+        ),
+        ("sampler={kind: nsga2, populaton: 3}", "unknown key sampler.populaton; did you mean sampler.population?"),
+        ("sampler={kind: qmc, sequence: sobl}", "sampler.sequence: Input should be 'sobol' or 'halton' (found 'sobl')"),
+        ("sampler=tpe", "sampler"),
+        ("sampler={kind: cmaes, sigma: 0}", "sampler.sigma: Input should be greater than 0 (found 0)"),
+        ("pruner={kind: medain}", "did you mean median?"),
+        ("pruner={kind: median, percentile: 3}", "unknown key pruner.percentile: an option of percentile, and"),
+        (
+            "pruner={warmup_epochs: 3}",
+            "unknown key pruner.warmup_epochs: an option of median, percentile, and the kind",
+        ),
+        ("pruner={kind: hyperband, min_epochs: 5}", "min_epochs 5 exceeds the 3 epochs of a trial"),
+        ("pruner={kind: patient}", "pruner.patience is missing; add it"),
+        (
+            "pruner={kind: patient, patience: 1, inner: {kind: patient}}",
+            "pruner.inner.kind: expected one of none, median",
+        ),
+        ("pruner={kind: patient, patience: 1, inner: {kind: median, warmup: 1}}", "unknown key pruner.inner.warmup"),
+        ("budget.failure_rate=0", "budget.failure_rate"),
+        ("budget.hours=0", "budget.hours"),
+        ("budget.patience=0", "budget.patience"),
+        ("repeat={seeds: 1}", "repeat.seeds"),
+        ("warm_start={best: 1}", "warm_start.study is missing"),
+        ("engine.lease_seconds=1", "engine.lease_seconds"),
+        ("objective.metric=val/mse", "objective.metric: Input should be 'val/rmse'"),
+        ("objective.metric=[val/rmse, val/rmse]", "objective.metric: val/rmse stands twice"),
+        ("objective.metric=[]", "an objective needs a figure"),
+    ],
+)
+def test_study_sections(tmp_path: Path, override: str, words: str) -> None:
+    message = refused(tmp_path, UNET, override)
+    assert words in message
+    assert "more)" not in message
+
+
+def test_several_objectives(tmp_path: Path) -> None:
+    both = "objective.metric=[val/rmse, val/pcc]"
+    config = sweep(tmp_path, UNET, both)
+    assert config.objective.metrics == ("val/rmse", "val/pcc")
+    assert (config.objective.first, config.objective.direction) == ("val/rmse", "minimize")
+    assert config.objective.directions == ["minimize", "maximize"]
+    assert sweep(tmp_path).objective.metrics == ("val/rmse",)
+    assert "pruner median: with several objectives" in refused(tmp_path, UNET, both, "pruner.kind=median")
+    assert "budget.patience: with several" in refused(tmp_path, UNET, both, "budget.patience=3")
+    numbers = "search={train.learning_rate: {loguniform: [1e-4, 1e-2]}}"
+    assert "cmaes: it follows one objective only" in refused(tmp_path, UNET, both, numbers, "sampler.kind=cmaes")
+    for kind in ("qmc", "nsga2", "tpe", "gp", "random"):
+        sweep(tmp_path, UNET, both, f"sampler.kind={kind}")
+
+
+def test_samplers_that_do_not_suit_the_space(tmp_path: Path) -> None:
+    choices = (
+        "search={train.batch_size: {choice: [2, 4]}, data.variant: {choice: [pnr, bpn]}, train.epochs: {int: [1, 9]}}"
+    )
+    assert "cmaes: 2 of 3 searched entries are choices" in refused(tmp_path, UNET, choices, "sampler.kind=cmaes")
+    assert "grid: search.train.learning_rate is a range" in refused(tmp_path, UNET, "sampler.kind=grid")
+    assert sweep(tmp_path, UNET, choices, "sampler.kind=grid").sampler.kind == "grid"
+    many = "search={train.warmup_steps: {int: [0, 999]}, train.epochs: {int: [1, 999]}}"
+    assert "grid: 999000 combinations" in refused(tmp_path, UNET, many, "sampler.kind=grid")
+    when = "search={data.variant: {choice: [pnr, bpn]}, train.epochs: {int: [1, 9], when: {data.variant: pnr}}}"
+    for kind in ("gp", "cmaes", "qmc", "grid"):
+        assert f"sampler {kind}: search.train.epochs has `when`" in refused(
+            tmp_path, UNET, when, f"sampler.kind={kind}"
+        )
+    for kind in ("tpe", "random", "nsga2"):
+        sweep(tmp_path, UNET, when, f"sampler.kind={kind}")
+
+
+# --- groups and conditions
+
+SIZE = "size: {group: {small: {train.batch_size: 2, train.epochs: 9}, large: {train.batch_size: 8, train.epochs: 3}}}"
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ("train: {group: {a: {train.epochs: 1}}}", "search.train: this is a key of its own"),
+        ("a.b: {group: {a: {train.epochs: 1}}}", "search.a.b: a group's name is of a-z"),
+        ("size: {group: {}}", "search.size.group"),
+        ("size: {group: {a: {}}}", "group a sets nothing"),
+        (
+            "size: {group: {a: {train.epoch: 1}}}",
+            "search.size.train.epoch: no such key for unet; did you mean train.ep",
+        ),
+        ("size: {group: {a: {train.epochs: 0}}}", "search.size, value 'a': train.epochs: Input should be greater"),
+        ("size: {group: {a: {data.target: car}}}", "search.size.data.target: it decides what is compared"),
+        ("size: {group: {a: {train.epochs: 1}, b: {train.batch_size: 1}}}", "a and b must set the same keys; only one"),
+        (
+            f"{SIZE}, train.epochs: {{int: [1, 3]}}",
+            "search.train.epochs: it sets train.epochs, and so does search.size",
+        ),
+        (f"{SIZE}, other: {{group: {{a: {{train.epochs: 1}}}}}}", "search.other: it sets train.epochs, and so does"),
+        ("size: {group: {a: {train: {}, train.epochs: 3}}}", "train.epochs lies in train"),
+        ("data.variant: {choice: [pnr], when: {train.epochs: 3}}", "when.train.epochs: it is not searched"),
+        ("train.epochs: {int: [1, 3]}, data.variant: {choice: [pnr], when: {train.epochs: 3}}", "it is a range"),
+        (f"{SIZE}, data.variant: {{choice: [pnr], when: {{size: big}}}}", "'big' is none of 'small', 'large'"),
+        (f"{SIZE}, data.variant: {{choice: [pnr], when: {{size: []}}}}", "search.data.variant.when.size"),
+        (f"{SIZE}, data.variant: {{choice: [pnr], wen: {{size: small}}}}", "did you mean search.data.variant.when?"),
+        (
+            "data.variant: {choice: [pnr], when: {train.balance: none}}, "
+            "train.balance: {choice: [none], when: {data.variant: pnr}}",
+            "depend on each other",
+        ),
+        (
+            "data.variant: {choice: [pnr, bpn]}, train.balance: {choice: [none], when: {data.variant: pnr}}, "
+            "train.epochs: {int: [1, 2], when: {train.balance: none, data.variant: bpn}}",
+            "search.train.epochs: it is never searched",
+        ),
+        ("train.epochs: {uniform: [1, 5]}", "search.train.epochs, value 2."),
+        ("train.learning_rate: {uniform: [0.1, .inf]}", "uniform needs low <= high, both finite"),
+        ("train.epochs: {int: [1, 100000000000000000000]}", "at most 2^53"),
+    ],
+)
+def test_search_blocks_that_are_refused(tmp_path: Path, search: str, words: str) -> None:
+    assert words in refused(tmp_path, UNET, f"search={{{search}}}")
+
+
+def test_a_condition_is_part_of_what_is_checked(tmp_path: Path) -> None:
+    """Zero terminal SNR is refused beside epsilon, the file's own, and not where it is searched."""
+    text = IP2P.replace("pretrained: tiny", "pretrained: tiny, prediction: epsilon")
+    snr = "model.zero_terminal_snr: {choice: [true, false]"
+    assert "epsilon with zero_terminal_snr" in refused(tmp_path, text, f"search={{{snr}}}}}")
+    prediction = "model.prediction: {choice: [epsilon, sample]}"
+    config = sweep(tmp_path, text, f"search={{{prediction}, {snr}, when: {{model.prediction: sample}}}}}}")
+    assert config.identity["model.zero_terminal_snr"] is None, "where it is not searched, the default counts"
+    assert "model.prediction" not in config.identity
+
+
+def test_a_key_of_a_section_that_a_choice_makes(tmp_path: Path) -> None:
+    lora = "search={model.lora: {choice: [null, {alpha: 16}]}, model.lora.rank: {int: [4, 16]"
+    assert "make it conditional: when: {model.lora: ...}" in refused(tmp_path, IP2P, f"{lora}}}}}")
+    config = sweep(tmp_path, IP2P, f"{lora}, when: {{model.lora: {{alpha: 16}}}}}}}}")
+    choices = {"model.lora.rank": 5, "model.lora": config.search["model.lora"].choice[1]}  # type: ignore[union-attr]
+    for _ in range(2):
+        assert config.run_config(choices).model.lora.model_dump() == {"rank": 5, "alpha": 16.0}  # type: ignore[union-attr]
+    assert config.search["model.lora"].choice[1] == {"alpha": 16}, "a configuration is never changed"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("given_", "words"),
+    [
+        ("{train.epochs: 3}", "enqueue.0.train.epochs: it is not searched"),
+        ("{train.learning_rate: 1}", "enqueue.0.train.learning_rate: 1 lies outside 0.0001 to 0.01"),
+        ("{train.learning_rate: x}", "'x' is no number"),
+        ("{size: big}", "enqueue.0.size: 'big' is none of 'small', 'large'"),
+        ("{train.warmup_steps: 3}", "3 is not among the integers 2 to 9"),
+        (
+            "{size: large, train.warmup_steps: 4}",
+            "it is searched only where size is one of 'small'; here it is 'large'",
+        ),
+    ],
+)
+def test_enqueued(tmp_path: Path, given_: str, words: str) -> None:
+    search = f"{SIZE}, train.learning_rate: {{loguniform: [1e-4, 1e-2]}}"
+    search = f"search={{{search}, train.warmup_steps: {{int: [2, 9, 2], when: {{size: small}}}}}}"
+    fine = "enqueue=[{size: small, train.learning_rate: 1e-3, train.warmup_steps: 4}, {train.warmup_steps: 8}, {}]"
+    assert len(sweep(tmp_path, UNET, search, fine).enqueue) == 3
+    assert words in refused(tmp_path, UNET, search, f"enqueue=[{given_}]")
+
+
+def test_how_a_study_searches_is_not_what_it_is(tmp_path: Path) -> None:
+    before = sweep(tmp_path)
+    after = sweep(
+        tmp_path, UNET, "sampler={kind: nsga2}", "pruner={kind: hyperband}", "repeat={best: 2}",
+        "warm_start={study: other}", "enqueue=[{data.variant: bpn}]", "engine.attempts=9", "budget.hours=3",
+    )  # fmt: skip
+    assert after.identity == before.identity
+    assert after.run_config({}).digest == before.run_config({}).digest

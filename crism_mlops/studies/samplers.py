@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
 import optuna
@@ -36,6 +37,12 @@ from crism_mlops.studies.search_space import distributions
 Pruner = (
     NoPruner | MedianPruner | PercentilePruner | HyperbandPruner | SuccessiveHalvingPruner | PatientPruner
 )  # one of the study file's
+
+
+def trial_seed(*parts: object) -> int:
+    """A seed of 31 bits from what names a trial."""
+    text = "/".join(str(p) for p in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
 def make_sampler(sweep: SweepConfig, seed: int, index: int, study_seed: int) -> optuna.samplers.BaseSampler:

@@ -28,10 +28,10 @@ from crism_mlops.studies.ledger import INDEX, STATE, here, own
 from crism_mlops.studies.limits import failing, spent
 from crism_mlops.studies.queue import queue, repeats_wanted, seed_means
 from crism_mlops.studies.run import run_trial
-from crism_mlops.studies.samplers import make_pruner, make_sampler
+from crism_mlops.studies.samplers import make_pruner, make_sampler, trial_seed
 from crism_mlops.studies.search_space import grid, input_variants
 from crism_mlops.studies.storage import SearchStore, open_store, storage_errors
-from crism_mlops.studies.trial import INTERRUPTED, Desk, Listener, RunTrial, leave, take_up, trial_seed
+from crism_mlops.studies.trial import INTERRUPTED, Desk, Listener, RunTrial, leave, take_up
 from crism_mlops.tracking import Tracker
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.heart import Heart, Yielded
 from crism_mlops.studies.ledger import ATTEMPTS, REPEAT, STATE, end_attempt
 from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
+from crism_mlops.studies.samplers import trial_seed
 from crism_mlops.studies.search_space import labels, suggest
 from crism_mlops.studies.storage import SearchStore, storage_errors
 from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker, git_commit
@@ -356,9 +356,3 @@ def _constrain(sweep: SweepConfig, trial: optuna.Trial, done: TrackedRun, tracke
             broken.append(f"{figure} is {done.scores[figure]:.4g}, {limit}")
     if broken:
         tracker.tags(done.run_id, {INFEASIBLE: "; ".join(broken)})
-
-
-def trial_seed(*parts: object) -> int:
-    """A seed of 31 bits from what names a trial."""
-    text = "/".join(str(p) for p in parts)
-    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
