@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,12 +19,10 @@ from crism_mlops.cli_data import data_app
 from crism_mlops.cli_doctor import doctor
 from crism_mlops.cli_schema import schema
 from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
+from crism_mlops.cli_study import cancel, pause, proxy, reconcile, resume, status, stop, sweep, worker
 from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
-from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
-
-if TYPE_CHECKING:
-    from crism_mlops.config import SweepConfig
+from crism_mlops.terminal import AsJson, TrackingUri, print_json
 
 app = typer.Typer(
     help="Experiment tracking and hyperparameter sweeps for predicting CRISM mineralogy from CaSSIS-like bands.",
@@ -35,9 +33,6 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(baselines_app, name="baselines")
 
-Storage = Annotated[
-    str | None, typer.Option("--storage", help="Optuna's store; default sqlite:///mlruns/optuna.db", show_default=False)
-]
 Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
 DEFAULT_EXPERIMENT = "crism"
 
@@ -76,106 +71,8 @@ def setup(
             os.environ.setdefault(key, "error")
 
 
-@app.command()
-def sweep(
-    file: Annotated[Path, typer.Argument(help="the study's YAML file")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override any key")] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="total of finished and pruned trials")] = None,
-    new_study: Annotated[str | None, typer.Option("--new-study", metavar="NAME", help="another name")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
-    tracking_uri: TrackingUri = None,
-    storage: Storage = None,
-) -> None:
-    """Run a study, or continue it where it stands.
-
-    Example: crism-mlops sweep sweeps/quickstart-unet.yaml --set train.epochs=5
-    """
-    from crism_mlops.config import load_sweep
-
-    overrides = list(set_ or [])
-    overrides += [f"budget.trials={trials}"] if trials is not None else []
-    overrides += [f"study={new_study}"] if new_study is not None else []
-    config = load_sweep(file, tuple(overrides))
-    from crism_mlops.dataset.build import check_data
-
-    check_data(config.data)
-    if dry_run:
-        _print_dry_run(config, tracking_uri)
-        return
-    from crism_mlops.scenes.sources import load_scenes, require_source
-    from crism_mlops.tracking import Tracker, shown
-
-    require_source(config.data)
-    tracker = Tracker(tracking_uri, config.experiment)
-    progress = Progress()
-    scenes = load_scenes(config.data, progress.scenes)
-    progress.say(f"{config.study}: {len(scenes)} scenes; tracking in {shown(tracker.uri)}")
-    from crism_mlops.studies.study import run_study
-
-    try:
-        summary = run_study(config, scenes, tracker, storage, progress.listener())
-    except KeyboardInterrupt:
-        progress.say(f"{config.study}: interrupted; the same command goes on from here")
-        raise
-    best = "" if summary.best_value is None else f"; best: trial {summary.best_number}, "
-    best += "" if summary.best_value is None else f"{config.objective.first} {summary.best_value:.4g}"
-    progress.say(
-        f"{config.study}: {summary.complete} finished, {summary.pruned} pruned of {config.budget.trials} "
-        f"({summary.failed} failed, {summary.interrupted} interrupted){best}"
-    )
-
-
-def _print_dry_run(config: SweepConfig, tracking_uri: str | None) -> None:
-    from crism_mlops.errors import TrackingError
-    from crism_mlops.studies.estimate import estimate
-    from crism_mlops.studies.plan import as_yaml, plan
-    from crism_mlops.tracking import Tracker
-
-    typer.echo(f"{as_yaml(config)}\n")
-    try:
-        known = Tracker(tracking_uri, config.experiment, create=False)
-    except TrackingError:
-        known = None  # No store yet, or none that answers: estimate says that nothing is known.
-    for line in [*plan(config), *estimate(config, known)]:
-        typer.echo(f"# {line}")
-
-
-@app.command()
-def status(
-    study: Annotated[str | None, typer.Argument(help="a study; without it, all of the experiment")] = None,
-    experiment: Experiment = DEFAULT_EXPERIMENT,
-    tracking_uri: TrackingUri = None,
-    as_json: AsJson = False,
-) -> None:
-    """Trials, states, scores and floors of a study.
-
-    Example: crism-mlops status quickstart-ip2p --experiment crism-quickstart
-    """
-    from crism_mlops.errors import StudyError
-    from crism_mlops.reports.tables import against_floors, headline, status_tables, study_names, study_status
-    from crism_mlops.tracking import Tracker
-
-    tracker = Tracker(tracking_uri, experiment, create=False)
-    names = study_names(tracker)
-    if not names:
-        raise StudyError(f"no study in experiment {experiment!r} yet; run a sweep, or name another with --experiment")
-    if study is not None and study not in names:
-        raise StudyError(f"no study {study!r} in experiment {experiment!r}; it holds {', '.join(names) or 'none'}")
-    # The others as well: a U-Net of the same experiment is what an InstructPix2Pix is held against.
-    every = [study_status(tracker, name) for name in names]
-    statuses = [one for one in every if study in (None, one["study"])]
-    if as_json:
-        print_json(statuses[0] if study else {"experiment": experiment, "studies": statuses})
-        return
-    out = console()
-    for table in status_tables(statuses):
-        out.print(table)
-    for one in statuses:
-        out.print(headline(one), highlight=False, soft_wrap=True)
-        for line in against_floors(one, every):
-            out.print(f"  {line}", highlight=False, soft_wrap=True)
-    where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
-    out.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
+for _command in (sweep, status, worker, pause, resume, stop, cancel, reconcile, proxy):
+    app.command()(_command)
 
 
 @app.command()

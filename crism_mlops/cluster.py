@@ -137,9 +137,21 @@ def _alone() -> None:
         os.environ[name] = "1"
 
 
-def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], where: Where) -> Iterator[tuple[int, Result]]:
-    address = where.ray
-    assert address is not None
+def slots(where: Where) -> int:
+    """How many of `where`'s tasks a Ray cluster can run at a time."""
+    assert where.ray is not None
+    ray, joined = _connect(where.ray)
+    try:
+        there = ray.cluster_resources()
+    finally:
+        if not joined:
+            ray.shutdown()
+    by_gpu = [there.get("GPU", 0.0) / where.gpus] if where.gpus else []
+    return int(min([there.get("CPU", 0.0) / where.cpus, *by_gpu]))
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """Ray, and whether this process had joined its cluster before."""
     try:
         import ray
     except ImportError as error:
@@ -155,6 +167,13 @@ def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], where: Where)
                 f"no Ray cluster at {address!r} ({what}); start one with `ray start --head`, join the other machines "
                 "to it, or give its address with --ray HOST:PORT"
             ) from error
+    return ray, joined
+
+
+def _on_ray(task: Callable[[Item], Result], items: Sequence[Item], where: Where) -> Iterator[tuple[int, Result]]:
+    address = where.ray
+    assert address is not None
+    ray, joined = _connect(address)
     try:
         remote = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_retries=RETRIES)(task)
         waiting = list(enumerate(items))[::-1]

@@ -106,37 +106,3 @@ class Progress:
         self.live(f"reading scenes: {done} of {total}")
         if done == total:
             self._live = self._live or self.terminal
-
-    def listener(self) -> Any:
-        """Callbacks for `run_study`."""
-        from crism_mlops.studies.run import Hooks
-        from crism_mlops.studies.trial import Listener
-
-        current = {"trial": ""}
-
-        def trial(number: int, total: int, choices: Mapping[str, Any]) -> None:
-            current["trial"] = f"trial {number}"
-            shown = ", ".join(
-                f"{k.split('.')[-1]}={v:.3g}" if isinstance(v, float) else f"{k.split('.')[-1]}={v}"
-                for k, v in choices.items()
-            )
-            self.say(f"trial {number} ({total} in all): {shown}")
-
-        def ended(number: int, state: str, value: float | None, why: str) -> None:
-            figure = "" if value is None else f", objective {value:.4g}"
-            self.say(f"trial {number} {state.lower()}{figure}{': ' + why if why else ''}")
-
-        return Listener(
-            trial=trial,
-            ended=ended,
-            floors=lambda variant, normalization: self.say(f"floors for {variant}, {normalization}"),
-            hooks=Hooks(
-                step=lambda step, total, loss: self.live(
-                    f"{current['trial']}: step {step} of {total}, loss {loss:.4f}"
-                ),
-                report=lambda epoch, figures: self.live(
-                    f"{current['trial']}: epoch {epoch}, val/rmse {figures['val/rmse']:.2f}"
-                ),
-                phase=lambda words: self.live(f"{current['trial']}: {words}"),
-            ),
-        )

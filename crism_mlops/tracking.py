@@ -206,6 +206,7 @@ class Tracker:
 
     def _send_file(self, run_id: str, content: bytes, file: str, table: bool) -> None:
         place = PurePosixPath(file)
+        within = None if place.parent == PurePosixPath(".") else str(place.parent)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / place.name
             path.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from crism_mlops.config import SweepConfig
+from crism_mlops.config import SweepConfig, override_sweep
+from crism_mlops.errors import StudyError
 from crism_mlops.studies.board import Doing, Snapshot
 from crism_mlops.studies.ledger import ATTEMPTS, own
 from crism_mlops.studies.limits import spans
-from crism_mlops.studies.storage import SearchStore
-from crism_mlops.studies.study import best_trial, summarise
+from crism_mlops.studies.storage import SearchStore, load_study, storage_errors
+from crism_mlops.studies.study import SWEEP, best_trial, summarise
 
 
 def overview(
@@ -48,6 +50,47 @@ def overview(
         trial_seconds=mean_seconds(trials),
         note="; ".join(words for words in (asked, note()) if words),
     )
+
+
+def stored_sweep(study: optuna.Study) -> SweepConfig:
+    """The study file as the study holds it. Raises StudyError for one of an older version."""
+    stored = study.user_attrs.get(SWEEP)
+    if stored is None:
+        raise StudyError(
+            f"study {study.study_name!r} holds no study file (it was made by an older version, or is still being "
+            "made): run its sweep once, crism-mlops sweep FILE"
+        )
+    return override_sweep(stored)
+
+
+def search_status(store: SearchStore, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """Of every study in a search database, or of one: counts by state, rate, time left, failures, workers."""
+    found = {}
+    with storage_errors(store):
+        for name in sorted(optuna.get_all_study_names(store.storage)):
+            study = load_study(store, name)
+            if (only is not None and name != only) or SWEEP not in study.user_attrs:
+                continue
+            view = overview(store, study, stored_sweep(study), time.monotonic())
+            trials = study.get_trials(deepcopy=False)
+            failures = Counter(t.user_attrs["crism.failure"] for t in trials if "crism.failure" in t.user_attrs)
+            wanted = store.ledger.controls(name).get("run")
+            rows = store.ledger.workers(name)
+            found[name] = {
+                "study": name,
+                "counts": view.counts,
+                "total": view.total,
+                "best_trial": None if view.best is None else view.best[0],
+                "best_value": None if view.best is None else view.best[1],
+                "trials_per_hour": rate(trials, time.time()),
+                "seconds_left": view.left if view.running else None,
+                "failures": dict(failures),
+                "wanted": None if wanted is None else wanted["value"],
+                "workers": [
+                    {**doing.to_json(), "age": row["age"]} for doing, row in zip(view.workers, rows, strict=False)
+                ],
+            }
+    return found
 
 
 def of_row(row: dict[str, Any]) -> Doing:

@@ -70,7 +70,7 @@ def remote_storage(host: str, port: int) -> optuna.storages.GrpcStorageProxy:
     return storage
 
 
-def serve(storage: BaseStorage, ledger: Ledger, host: str, port: int, threads: int = 32) -> grpc.Server:
+def serve(storage: BaseStorage, ledger: Ledger | RemoteLedger, host: str, port: int, threads: int = 32) -> grpc.Server:
     """A started server of both services. Raises StudyError where the address cannot be had."""
     import grpc
     from optuna.storages._grpc import servicer

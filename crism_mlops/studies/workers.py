@@ -4,6 +4,7 @@ cluster. Each is told the study's name and where it lives; all else it reads the
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import signal
@@ -19,14 +20,15 @@ from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
-from crism_mlops.cluster import Where, run, without_main
-from crism_mlops.config import SweepConfig
+from crism_mlops.cluster import Where, run, slots, without_main
+from crism_mlops.config import SweepConfig, override_sweep
 from crism_mlops.errors import ClusterError, CrismError, StudyError, one_line
 from crism_mlops.interrupts import holding_interrupts
 from crism_mlops.scenes.sources import load_scenes
+from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.run import Hooks, run_trial
 from crism_mlops.studies.storage import SearchStore, load_study, open_store, storage_errors
-from crism_mlops.studies.study import SWEEP, TRACKING, prepare, terminate_as_interrupt, work, working
+from crism_mlops.studies.study import TRACKING, prepare, terminate_as_interrupt, work, working
 from crism_mlops.studies.trial import Listener, RunTrial
 from crism_mlops.tracking import Tracker
 
@@ -60,7 +62,7 @@ def join_study(assignment: Assignment, listener: Listener | None = None) -> Swee
     study = load_study(store, assignment.study)
     sweep = study_sweep(study, assignment)
     uri = assignment.tracking_uri or study.user_attrs.get(TRACKING)
-    tracker = Tracker(uri, sweep.experiment)
+    tracker = Tracker(uri, sweep.experiment, patience=math.inf, say=listener.say)
     scenes = load_scenes(sweep.data)
     with (
         terminate_as_interrupt(),
@@ -73,15 +75,7 @@ def join_study(assignment: Assignment, listener: Listener | None = None) -> Swee
 
 def study_sweep(study: Any, assignment: Assignment) -> SweepConfig:
     """The study file as it is stored with the study, with this machine's own paths."""
-    from crism_mlops.config import override_sweep
-
-    stored = study.user_attrs.get(SWEEP)
-    if stored is None:
-        raise StudyError(
-            f"study {assignment.study!r} holds no study file (it was made by an older version): run its sweep once, "
-            "crism-mlops sweep FILE, then workers can join it"
-        )
-    return override_sweep(stored, assignment.overrides)
+    return override_sweep(stored_sweep(study).model_dump(mode="json"), assignment.overrides)
 
 
 def run_workers(assignment: Assignment, count: int, listeners: Sequence[Listener]) -> None:
@@ -304,6 +298,11 @@ def _how(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with code {code}"
+
+
+def ray_slots(where: Where) -> int:
+    """How many workers a Ray cluster has room for now; one at least."""
+    return max(1, slots(where))
 
 
 def run_on_ray(assignment: Assignment, where: Where, count: int, store: SearchStore, listener: Listener) -> None:
