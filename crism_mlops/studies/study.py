@@ -7,7 +7,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ def prepare(desk: Desk, fresh: bool = True) -> None:
             ledger.enqueue(name, queue(desk.sweep, desk.store))
         # Nobody computes floors but who prepares: what still runs of them was left.
         _stop_floors(desk)
-        _log_all_floors(desk)
+        _log_all_floors(desk, desk.listener.floors if fresh else None)
     except KeyboardInterrupt:
         _stop_floors(desk)
         raise
@@ -360,9 +360,10 @@ def _inputs(sweep: SweepConfig) -> list[DataConfig]:
     ]
 
 
-def _log_all_floors(desk: Desk) -> None:
+def _log_all_floors(desk: Desk, say: Callable[[str, str], None] | None) -> None:
     for index, (variant, normalization) in enumerate(input_variants(desk.sweep)):
-        desk.listener.floors(variant, normalization)
+        if say is not None:
+            say(variant, normalization)
         config = desk.sweep.run_config({"data.variant": variant, "data.normalization": normalization})
         ceiling = index == 0 and config.model.kind == "instruct_pix2pix"
         tags = {"crism.study": desk.sweep.study}
