@@ -210,6 +210,10 @@ class SweepConfig(RunConfig):
                 )
             if several:
                 raise ValueError("sampler cmaes: it follows one objective only; use nsga2 or tpe")
+            if self.constraints:
+                raise ValueError(
+                    "sampler cmaes: it does not follow constraints; use tpe, gp or nsga2, or leave them out"
+                )
         if kind == "grid":
             for label, one in self.search.items():
                 if values(one) is None:

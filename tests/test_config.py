@@ -512,6 +512,9 @@ def test_samplers_that_do_not_suit_the_space(tmp_path: Path) -> None:
         assert f"sampler {kind}: search.train.epochs has `when`" in refused(
             tmp_path, UNET, when, f"sampler.kind={kind}"
         )
+    numbers = "search={train.learning_rate: {loguniform: [1e-4, 1e-2]}}"
+    limit = "constraints={val/rmse: {max: 30}}"
+    assert "cmaes: it does not follow constraints" in refused(tmp_path, UNET, numbers, limit, "sampler.kind=cmaes")
     for kind in ("tpe", "random", "nsga2"):
         sweep(tmp_path, UNET, when, f"sampler.kind={kind}")
 
