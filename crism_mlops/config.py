@@ -7,7 +7,6 @@ and gives the `RunConfig` of one trial. A stage gets only its own section.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import combinations
@@ -55,7 +54,6 @@ from crism_mlops.config_search import (
     keys_of,
     own_value,
     points,
-    values,
     with_ancestors,
 )
 from crism_mlops.config_study import (
@@ -72,6 +70,8 @@ from crism_mlops.config_study import (
     TPESampler,
     ValidationFigure,
     WarmStart,
+    check_sampler,
+    check_several,
     error_sign,
 )
 from crism_mlops.config_text import digest_of, dotted_keys, explain, flatten, nearest, read_yaml, set_dotted
@@ -92,7 +92,6 @@ _FIXED = (
     "data.ranges", "data.simulated", "data.carbonate", "data.target", "data.target_normalization", "split", "audit",
     "engine", "evaluate", "model.kind",
 )  # fmt: skip
-MOST_POINTS = 100_000
 
 
 class SweepConfig(RunConfig):
@@ -196,38 +195,9 @@ class SweepConfig(RunConfig):
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> SweepConfig:
-        kind = self.sampler.kind
-        several = len(self.objective.metrics) > 1
-        conditional = next((label for label, one in self.search.items() if one.when), None)
-        if conditional is not None and kind in _UNCONDITIONAL:
-            raise ValueError(f"sampler {kind}: search.{conditional} has `when`, and {_UNCONDITIONAL[kind]}; use tpe")
-        if kind == "cmaes":
-            chosen = [label for label, one in self.search.items() if isinstance(one, (Choice, Group))]
-            if 2 * len(chosen) > len(self.search):
-                raise ValueError(
-                    f"sampler cmaes: {len(chosen)} of {len(self.search)} searched entries are choices or groups, which "
-                    "CMA-ES draws at random, each for itself; use tpe"
-                )
-            if several:
-                raise ValueError("sampler cmaes: it follows one objective only; use nsga2 or tpe")
-            if self.constraints:
-                raise ValueError(
-                    "sampler cmaes: it does not follow constraints; use tpe, gp or nsga2, or leave them out"
-                )
-        if kind == "grid":
-            for label, one in self.search.items():
-                if values(one) is None:
-                    raise ValueError(f"sampler grid: search.{label} is a range without end; list values with choice")
-            points = math.prod(len(values(one) or ()) for one in self.search.values())
-            if points > MOST_POINTS:
-                raise ValueError(f"sampler grid: {points} combinations; at most {MOST_POINTS}, or use random")
-        if several and self.pruner.kind != "none":
-            raise ValueError(
-                f"pruner {self.pruner.kind}: with several objectives nobody can say which of two unfinished trials is "
-                "the better one; use pruner none, or one objective"
-            )
-        if several and self.budget.patience is not None:
-            raise ValueError("budget.patience: with several objectives there is no best trial to wait after")
+        check_sampler(self.sampler, self.search, len(self.objective.metrics), bool(self.constraints))
+        if len(self.objective.metrics) > 1:
+            check_several(self.pruner, self.budget)
         pruner = self.pruner.inner if isinstance(self.pruner, PatientPruner) else self.pruner
         if isinstance(pruner, HyperbandPruner) and pruner.min_epochs > (most := self.most_epochs(pruner)):
             raise ValueError(f"pruner hyperband: min_epochs {pruner.min_epochs} exceeds the {most} epochs of a trial")
@@ -308,12 +278,6 @@ class SweepConfig(RunConfig):
 
 
 _EXAMPLES = {"budget.trials": "20", "budget.failure_rate": "0.5"}
-_UNCONDITIONAL = {
-    "cmaes": "CMA-ES draws what is not in every trial at random",
-    "gp": "a Gaussian process draws what is not in every trial at random",
-    "qmc": "a sequence of points needs the same keys in every trial",
-    "grid": "a grid needs the same keys at every point",
-}
 
 
 def _any(search: Mapping[str, Dimension], label: str, but: str) -> Assignment:

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from crism_mlops.config_run import Section
+from crism_mlops.config_search import Choice, Group, Search, count, values
 
+MOST_POINTS = 100_000
 STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 
 
@@ -258,3 +260,48 @@ class Repeat(Section):
 
     best: int = Field(3, ge=1, description="so many of the best configurations")
     seeds: int = Field(3, ge=2, description="so many seeds of each, its own among them")
+
+
+_UNCONDITIONAL = {
+    "cmaes": "CMA-ES draws what is not in every trial at random",
+    "gp": "a Gaussian process draws what is not in every trial at random",
+    "qmc": "a sequence of points needs the same keys in every trial",
+    "grid": "a grid needs the same keys at every point",
+}
+
+
+def check_sampler(sampler: SamplerConfig, search: Search, objectives: int, constrained: bool) -> None:
+    """That a sampler can do what is asked of it. Raises ValueError with the reason and another one."""
+    kind = sampler.kind
+    conditional = next((label for label, one in search.items() if one.when), None)
+    if conditional is not None and kind in _UNCONDITIONAL:
+        raise ValueError(f"sampler {kind}: search.{conditional} has `when`, and {_UNCONDITIONAL[kind]}; use tpe")
+    if kind == "cmaes":
+        chosen = sum(isinstance(one, (Choice, Group)) for one in search.values())
+        if 2 * chosen > len(search):
+            raise ValueError(
+                f"sampler cmaes: {chosen} of {len(search)} searched entries are choices or groups, which CMA-ES draws "
+                "at random, each for itself; use tpe"
+            )
+        if objectives > 1:
+            raise ValueError("sampler cmaes: it follows one objective only; use nsga2 or tpe")
+        if constrained:
+            raise ValueError("sampler cmaes: it does not follow constraints; use tpe, gp or nsga2")
+    if kind == "grid":
+        for label, one in search.items():
+            if values(one) is None:
+                raise ValueError(f"sampler grid: search.{label} is a range without end; list values with choice")
+        points = count(search, lambda one: values(one) or ())
+        if points > MOST_POINTS:
+            raise ValueError(f"sampler grid: {points} combinations; at most {MOST_POINTS}, or use random")
+
+
+def check_several(pruner: PrunerConfig, budget: Budget) -> None:
+    """What cannot be had with several objectives. Raises ValueError with the reason."""
+    if pruner.kind != "none":
+        raise ValueError(
+            f"pruner {pruner.kind}: with several objectives nobody can say which of two unfinished trials is the "
+            "better one; use pruner none, or one objective"
+        )
+    if budget.patience is not None:
+        raise ValueError("budget.patience: with several objectives there is no best trial to wait after")
