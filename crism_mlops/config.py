@@ -298,7 +298,8 @@ def _with(text: str, choices: Mapping[str, Any]) -> RunConfig:
 
 
 def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> SweepConfig:
-    """Read a sweep file (YAML, safe-loaded) and apply `key=value` overrides (values in YAML).
+    """Read a sweep file (YAML, safe-loaded) and apply `key=value` overrides (values in YAML). Where the whole search
+    is replaced, the file's `enqueue` goes with it.
 
     Raises ConfigError naming file, key, what was found and the nearest known key.
     """
@@ -333,6 +334,10 @@ def override_sweep(
             set_dotted(content, key.strip(), read_yaml(value))
         except ValueError as error:
             raise ConfigError(f"--set {shown}: the value is not YAML: {error}") from error
+    replaced = {override.partition("=")[0].strip() for override in overrides}
+    if "search" in replaced and "enqueue" not in replaced:
+        # They were configurations of the search that is no more.
+        content.pop("enqueue", None)
     try:
         return SweepConfig.model_validate(content)
     except ValidationError as error:

@@ -619,3 +619,10 @@ def test_how_a_study_searches_is_not_what_it_is(tmp_path: Path) -> None:
     )  # fmt: skip
     assert after.identity == before.identity
     assert after.run_config({}).digest == before.run_config({}).digest
+
+
+def test_another_search_drops_what_was_enqueued(tmp_path: Path) -> None:
+    text = UNET + "enqueue: [{data.variant: bpn}]\n"
+    assert len(sweep(tmp_path, text, "search.train.epochs={int: [1, 3]}").enqueue) == 1
+    assert sweep(tmp_path, text, "search={}").enqueue == ()
+    assert "it is not searched" in refused(tmp_path, text, "search={}", "enqueue=[{data.variant: bpn}]")
