@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from crism_mlops.errors import TrackingAwayError, TrackingError, one_line
 from crism_mlops.outbox import Op, Outbox
 from crism_mlops.tracking import Tracker
-from crism_mlops.tracking_store import DOUBT, Outage, pauses, reach_away, retry_ourselves, shown, translated
+from crism_mlops.tracking_store import DOUBT, Outage, pauses, reach_away, reason, retry_ourselves, shown, translated
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class BufferedTracker(Tracker):
         self._complain()
 
     def _left(self) -> TrackingAwayError:
-        why = "is slow" if self._last is None else f"does not answer ({one_line(self._last)})"
+        why = "is slow" if self._last is None else f"does not answer ({reason(self._last)})"
         return TrackingAwayError(
             f"tracking server {shown(self.uri)} {why}; {_updates(self._outbox.pending(), 'waits', 'wait')} in "
             f"{self._outbox.folder}, the same command goes on from there"

@@ -28,8 +28,8 @@ from crism_mlops.errors import TrackingError, one_line
 Op = dict[str, Any]
 # A journal of which everything is delivered starts anew beyond this size.
 _COMPACT = 1 << 20
-# A process that is just ending may hold the folder for so long.
-_LOCK_SECONDS = 5.0
+# A process that is just ending may hold the folder for so long, and so may a killed one's children.
+_LOCK_SECONDS = 20.0
 
 
 class Outbox:

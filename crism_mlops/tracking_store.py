@@ -86,7 +86,8 @@ def _share_sqlite(client: Any, path: Path) -> None:
     remembers), and a writer waits for its turn."""
     from sqlalchemy import event
 
-    connection = sqlite3.connect(path, timeout=SQLITE_WAIT)
+    # Only while nobody else uses it; the next process tries again.
+    connection = sqlite3.connect(path, timeout=5)
     try:
         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
         if mode != "wal":
@@ -266,6 +267,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
+def reason(error: BaseException) -> str:
+    """Why there was no answer, in a few words: what the system said where it said something."""
+    said = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
+    return said[-1] if said else one_line(error)
+
+
 class Outage:
     """Whether a store answers, as all threads that use it know it. Says so once when it stops answering, and
     once when it is back."""
@@ -282,7 +289,7 @@ class Outage:
             if self.since is not None:
                 return
             self.since = time.time()
-        self._say(f"tracking server {self._name} does not answer ({one_line(error)}); {self._waiting}")
+        self._say(f"tracking server {self._name} does not answer ({reason(error)}); {self._waiting}")
 
     def back(self) -> None:
         """A call got an answer."""

@@ -21,7 +21,7 @@ from trackers import EXPERIMENT, new_tracker, tracking_store
 from crism_mlops.buffered import BufferedTracker
 from crism_mlops.errors import TrackingAwayError, TrackingError
 from crism_mlops.tracking import Tracker
-from crism_mlops.tracking_store import is_away, pauses, translated
+from crism_mlops.tracking_store import is_away, pauses, reason, translated
 
 
 @pytest.fixture(autouse=True)
@@ -276,3 +276,10 @@ def test_users_own_retries_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", users)
     Tracker(tracking_store(tmp_path), EXPERIMENT, patience=1.0)
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == (users or "0")
+
+
+def test_reason_is_short() -> None:
+    with pytest.raises(TrackingAwayError) as caught, translated("http://x"):
+        raise wrapped(requests.ConnectionError("a long story")) from ConnectionRefusedError(111, "Connection refused")
+    assert reason(caught.value) == "Connection refused"
+    assert reason(TrackingAwayError("busy")) == "busy"

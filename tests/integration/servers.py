@@ -71,7 +71,11 @@ class Server:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, how)
-        self._process.wait(timeout=30 * PATIENCE)
+        try:
+            self._process.wait(timeout=20 * PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         # A worker may outlive the process that started it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -163,10 +167,11 @@ class PostgresServer(Server):
         return True
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
+        if self._process is None:
+            return
         super().stop(how)
-        if how is signal.SIGKILL:
-            # Each of its children leads a session of its own; they end once they find their parent gone.
-            wait_until(lambda: not self._children(), "the end of PostgreSQL's children", self._end_children)
+        # Each of its children leads a session of its own.
+        wait_until(lambda: not self._children(), "the end of PostgreSQL's children", self._end_children)
 
     def _children(self) -> list[int]:
         import psutil
@@ -219,7 +224,8 @@ def postgres_server(folder: Path | None = None) -> Iterator[PostgresServer]:
             server.start()
             yield server
         finally:
-            server.stop()
+            # At once, but not as a crash does: that leaves a segment of shared memory behind.
+            server.stop(signal.SIGQUIT)
 
 
 def postgres_binaries() -> Path | None:
