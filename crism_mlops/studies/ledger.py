@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -120,6 +120,7 @@ class Ledger:
         # Nothing is kept open: a worker beats a few times a minute, and a server's connections are few.
         options = {} if self.file is None else {"connect_args": {"timeout": 60}}
         self.engine = sa.create_engine(url, poolclass=sa.NullPool, **options)
+        self._identities: dict[str, int] = {}
 
     def lay_out(self) -> None:
         """Make the tables where there are none; under `database_lock`."""
@@ -189,16 +190,18 @@ class Ledger:
         With `begin` False only what dead workers left is given. `draws` limits how many new trials there may be,
         failed ones too: the points of a grid.
         """
-        with self._critical(study):
-            if not self._refresh(study, worker):
+        with self._critical(study) as connection:
+            if not self._refresh(connection, worker):
                 return {"what": "lost"}
-            identity = self.storage.get_study_id_from_name(study)
+            # Who holds what before what runs: a trial ends first, and is let go of then.
+            held, dead = self._bury(connection, study, worker)
+            identity = self._identity(study)
             trials = self.storage.get_all_trials(identity, deepcopy=False)
-            held = self._bury(study, worker, trials)
+            self._lost(trials, dead)
             running = [t for t in trials if t.state == TrialState.RUNNING]
             orphan = next((t for t in running if t.number not in held), None)
             if orphan is not None:
-                return self._take(worker, orphan, "again")
+                return self._take(connection, worker, self.storage.get_trial(orphan._trial_id), "again")
             if not begin:
                 return {"what": "later" if running else "done"}
             counted = sum(t.state in COUNTED and own(t) for t in trials)
@@ -206,32 +209,32 @@ class Ledger:
             for trial in trials:
                 if trial.state == TrialState.WAITING and (room > 0 or REPEAT in trial.user_attrs):
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-                    return self._take(worker, trial, "waiting")
+                    return self._take(connection, worker, trial, "waiting")
             index = sum(INDEX in t.user_attrs for t in trials)
             if room > 0 and (draws is None or index < draws):
                 # Whole at once: a worker that dies here leaves an orphan that knows its place.
                 template = create_trial(state=TrialState.RUNNING, user_attrs={INDEX: index})
                 made = self.storage.create_new_trial(identity, template)
-                return self._take(worker, self.storage.get_trial(made), "new")
+                return self._take(connection, worker, self.storage.get_trial(made), "new")
             return {"what": "later" if running else "done"}
 
     def prepare(self, study: str, worker: str) -> bool:
         """Whether this worker is the one that prepares the study now; it holds that until `free`."""
-        with self._critical(study):
-            if not self._refresh(study, worker):
+        with self._critical(study) as connection:
+            if not self._refresh(connection, worker):
                 return False
-            others = self._bury(study, worker, ())
-            if PREPARING in others:
+            held, dead = self._bury(connection, study, worker)
+            self._lost(self.storage.get_all_trials(self._identity(study), deepcopy=False), dead)
+            if PREPARING in held:
                 return False
-            with self.engine.begin() as connection:
-                connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=PREPARING))
+            connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=PREPARING))
             return True
 
     def enqueue(self, study: str, entries: Sequence[Mapping[str, Any]]) -> int:
         """Add trials to the queue, each once: `key` names an entry for ever, `params` are its settings, `attributes`
         go with it. Returns how many were new."""
         with self._critical(study):
-            identity = self.storage.get_study_id_from_name(study)
+            identity = self._identity(study)
             known = {t.user_attrs.get(QUEUED) for t in self.storage.get_all_trials(identity, deepcopy=False)}
             new = [entry for entry in entries if entry["key"] not in known]
             for entry in new:
@@ -261,15 +264,16 @@ class Ledger:
     def cancel(self, study: str, number: int) -> str:
         """Give a trial up: at once where nobody runs it ("cancelled"), else by its worker ("asked"); "ended" where
         it has ended."""
-        with self._critical(study):
-            identity = self.storage.get_study_id_from_name(study)
-            trials = self.storage.get_all_trials(identity, deepcopy=False)
+        with self._critical(study) as connection:
+            held, dead = self._bury(connection, study, "")
+            trials = self.storage.get_all_trials(self._identity(study), deepcopy=False)
+            self._lost(trials, dead)
             trial = next((t for t in trials if t.number == number), None)
             if trial is None:
                 raise StudyError(f"study {study!r} has no trial {number}; it has {len(trials)}, counted from 0")
             if trial.state.is_finished():
                 return "ended"
-            if trial.state == TrialState.RUNNING and number in self._bury(study, "", trials):
+            if trial.state == TrialState.RUNNING and number in held:
                 self.control(study, f"cancel:{number}", "yes")
                 return "asked"
             self.storage.set_trial_user_attr(trial._trial_id, STATE, "cancelled")
@@ -278,48 +282,58 @@ class Ledger:
 
     # -- within
 
-    def _take(self, worker: str, trial: FrozenTrial, what: str) -> dict[str, Any]:
-        with self.engine.begin() as connection:
-            connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=trial.number))
-            row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().one()
-            now = self._now(connection)
+    def _take(self, connection: sa.Connection, worker: str, trial: FrozenTrial, what: str) -> dict[str, Any]:
+        mine = _workers.c.worker == worker
+        connection.execute(sa.update(_workers).where(mine).values(trial=trial.number))
+        row = connection.execute(sa.select(_workers).where(mine)).mappings().one()
         attempts = trial.user_attrs.get(ATTEMPTS, [])
-        host = row["machine"].partition("/")[0]
-        begun = {"worker": worker[:8], "host": host, "gpus": row["gpus"], "began": now, "ended": None}
+        begun = {
+            "worker": worker[:8], "host": row["machine"].partition("/")[0], "gpus": row["gpus"],
+            "began": self._now(connection), "ended": None,
+        }  # fmt: skip
         self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, [*attempts, begun])
         return {"what": what, "trial": trial._trial_id, "number": trial.number}
 
-    def _refresh(self, study: str, worker: str) -> bool:
+    def _refresh(self, connection: sa.Connection, worker: str) -> bool:
         """Whether a worker's row still stands. One that had expired without anybody noticing was out of touch, and
         so perhaps were all: it begins anew, and for a while buries nobody for being late."""
-        with self.engine.begin() as connection:
-            row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().first()
-            if row is None:
-                return False
-            now = self._now(connection)
-            values = {"seen": now, "expires": now + (row["expires"] - row["seen"])}
-            if row["expires"] < now:
-                values["joined"] = now
-            connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
-            return True
+        row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().first()
+        if row is None:
+            return False
+        now = self._now(connection)
+        values = {"seen": now, "expires": now + (row["expires"] - row["seen"])}
+        if row["expires"] < now:
+            values["joined"] = now
+        connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
+        return True
 
-    def _bury(self, study: str, worker: str, trials: Sequence[FrozenTrial]) -> set[int]:
-        """Remove dead workers; returns what the living ones hold, the asking one left out."""
-        with self.engine.begin() as connection:
-            now = self._now(connection)
-            rows = connection.execute(sa.select(_workers).where(_workers.c.study == study)).mappings().all()
-            mine = next((row for row in rows if row["worker"] == worker), None)
-            # After an outage of the database everybody is late; those who live have a beat's time to say so.
-            late = mine is None or now - mine["joined"] > (mine["expires"] - mine["seen"]) / 2
-            dead = [r for r in rows if r["worker"] != worker and self._dead(r, now, by_time=late)]
-            connection.execute(sa.delete(_workers).where(_workers.c.worker.in_([r["worker"] for r in dead])))
+    def _bury(self, connection: sa.Connection, study: str, worker: str) -> tuple[set[int], list[Mapping[Any, Any]]]:
+        """Remove dead workers; returns what the living ones hold, the asking one left out, and who was removed."""
+        now = self._now(connection)
+        rows = connection.execute(sa.select(_workers).where(_workers.c.study == study)).mappings().all()
+        mine = next((row for row in rows if row["worker"] == worker), None)
+        # After an outage of the database everybody is late; those who live have a beat's time to say so.
+        late = mine is None or now - mine["joined"] > (mine["expires"] - mine["seen"]) / 2
+        dead: list[Mapping[Any, Any]] = [
+            row for row in rows if row["worker"] != worker and self._dead(row, now, by_time=late)
+        ]
+        if dead:
+            connection.execute(sa.delete(_workers).where(_workers.c.worker.in_([row["worker"] for row in dead])))
+        gone = {row["worker"] for row in dead} | {worker}
+        return {row["trial"] for row in rows if row["worker"] not in gone and row["trial"] is not None}, dead
+
+    def _lost(self, trials: Sequence[FrozenTrial], dead: Sequence[Mapping[Any, Any]]) -> None:
+        """Note on the trials of dead workers how their attempts ended."""
         by_number = {t.number: t for t in trials}
         for row in dead:
             trial = by_number.get(row["trial"])
             if trial is not None and not trial.state.is_finished():
                 end_attempt(self.storage, trial, "lost", row["seen"])
-        gone = {row["worker"] for row in dead} | {worker}
-        return {row["trial"] for row in rows if row["worker"] not in gone and row["trial"] is not None}
+
+    def _identity(self, study: str) -> int:
+        if study not in self._identities:
+            self._identities[study] = self.storage.get_study_id_from_name(study)
+        return self._identities[study]
 
     def _dead(self, row: Mapping[Any, Any], now: float, by_time: bool = True) -> bool:
         if row["machine"] == machine():
@@ -337,32 +351,37 @@ class Ledger:
             return time.time()
         return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
-    def _critical(self, study: str) -> Any:
+    def _critical(self, study: str) -> AbstractContextManager[sa.Connection]:
         return database_lock(self.engine, self.file, study)
 
 
 @contextmanager
-def database_lock(engine: sa.Engine, file: Path | None, name: str) -> Iterator[None]:
-    """One at a time, over all processes that use a database; falls when its holder dies.
-
-    No transaction's lock: within it Optuna writes through connections of its own.
+def database_lock(engine: sa.Engine, file: Path | None, name: str) -> Iterator[sa.Connection]:
+    """One at a time, over all processes that use a database; falls when its holder dies. Gives a connection, each
+    statement on which stands for itself: in a transaction of ours, Optuna's own connections would wait for it.
     """
-    key = blake2b(f"crism/{name}".encode(), digest_size=8).digest()
     if file is not None:
         from filelock import FileLock
 
         # One file for all studies: they write to one database, and that takes one writer at a time.
-        with FileLock(f"{file}.lock", poll_interval=0.005):
-            yield
+        with FileLock(f"{file}.lock", poll_interval=0.005), _autocommit(engine) as connection:
+            yield connection
         return
+    key = blake2b(f"crism/{name}".encode(), digest_size=8).digest()
     number = int.from_bytes(key, "big", signed=True)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        # Session locks fall with their connection, and nothing is pooled: so it is let go on any error as well.
+    with _autocommit(engine) as connection:
+        # A session's lock falls with its connection, and none is pooled: so whatever happens it is let go of.
         connection.execute(sa.text("SELECT pg_advisory_lock(:number)"), {"number": number})
         try:
-            yield
+            yield connection
         finally:
             connection.execute(sa.text("SELECT pg_advisory_unlock(:number)"), {"number": number})
+
+
+@contextmanager
+def _autocommit(engine: sa.Engine) -> Iterator[sa.Connection]:
+    with engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def own(trial: FrozenTrial) -> bool:

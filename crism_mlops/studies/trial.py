@@ -279,7 +279,9 @@ def _tell(
 ) -> None:  # fmt: skip
     """Tell Optuna how a trial ended, and let go of it."""
     storage = desk.study._storage
-    for key, value in {"state": how, **attributes}.items():
+    if state == TrialState.FAIL:  # Of the others Optuna's own state tells.
+        attributes["state"] = how
+    for key, value in attributes.items():
         if value:
             storage.set_trial_user_attr(trial._trial_id, f"crism.{key}", value)
     end_attempt(storage, storage.get_trial(trial._trial_id), how, desk.heart.now())
