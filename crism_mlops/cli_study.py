@@ -13,8 +13,12 @@ import typer
 from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
 
 if TYPE_CHECKING:
+    from crism_mlops.cluster import Where
     from crism_mlops.config import SweepConfig
     from crism_mlops.studies.storage import SearchStore
+    from crism_mlops.studies.trial import Desk
+    from crism_mlops.tracking import Tracker
+    from crism_mlops.watch import Watch
 
 Storage = Annotated[
     str | None,
@@ -70,14 +74,14 @@ def sweep(
 
 
 def _sweep(
-    config: SweepConfig, workers: int | None, where: Any, tracking_uri: str | None, storage: str | None
-) -> None:  # fmt: skip
+    config: SweepConfig, workers: int | None, where: Where | None, tracking_uri: str | None, storage: str | None
+) -> None:
     import math
 
     from crism_mlops.reports.live import LiveView
     from crism_mlops.scenes.sources import load_scenes, require_source
     from crism_mlops.studies.storage import open_store
-    from crism_mlops.studies.study import summarise
+    from crism_mlops.studies.study import run_study, work
     from crism_mlops.tracking import Tracker, shown
     from crism_mlops.watch import Watch
 
@@ -91,13 +95,15 @@ def _sweep(
     view.say(f"{config.study}: {len(scenes)} scenes; tracking in {shown(tracker.uri)}")
     watch = Watch(view, lambda: "" if tracker.away_since is None else "the tracking server does not answer")
     group = uuid4().hex
+    alone = where is None and workers in (None, 1)
+    listener = watch.listener("w0" if alone else "here")
     try:
         with view, watch.watching(store, config, group):
-            study = _work(config, scenes, tracker, store, watch, group, workers, where)
+            spread = work if alone else _spread(watch, group, workers, where)
+            summary = run_study(config, scenes, tracker, store, listener, group=group, spread=spread)
     except KeyboardInterrupt:
         view.say(f"{config.study}: interrupted; the same command goes on from here")
         raise
-    summary = summarise(study, config)
     best = "" if summary.best_value is None else f"; best: trial {summary.best_number}, "
     best += "" if summary.best_value is None else f"{config.objective.first} {summary.best_value:.4g}"
     view.say(
@@ -106,34 +112,23 @@ def _sweep(
     )
 
 
-def _work(
-    config: SweepConfig, scenes: Any, tracker: Any, store: SearchStore, watch: Any, group: str, workers: int | None,
-    where: Any,
-) -> Any:  # fmt: skip
-    """Run a study's workers here, in processes, or on a cluster; returns the study."""
-    from crism_mlops.studies.study import closing, prepare, terminate_as_interrupt, work, working
+def _spread(watch: Watch, group: str, workers: int | None, where: Where | None) -> Callable[[Desk], None]:
+    """How a prepared study is worked on by other processes: on this machine, or on a cluster."""
     from crism_mlops.studies.workers import Assignment, ray_slots, run_on_ray, run_workers
 
-    alone = where is None and (workers is None or workers == 1)
-    listener = watch.listener("w0" if alone else "here")
-    with terminate_as_interrupt(), working(config, scenes, tracker, store, listener, group=group) as desk:
-        with closing(desk):
-            prepare(desk)
-            if alone:
-                work(desk)
-                return desk.study
-            listener.idle("its workers work")
-            assignment = Assignment(config.study, store.url, tracker.uri, group=group)
-            if where is not None:
-                run_on_ray(assignment, where, workers or ray_slots(where), store, listener)
-            else:
-                assert workers is not None
-                watch.board.gone("here")
-                run_workers(assignment, workers, [watch.listener(f"w{place}") for place in range(workers)])
-        return desk.study
+    def spread(desk: Desk) -> None:
+        assignment = Assignment(desk.sweep.study, desk.store.url, desk.tracker.uri, group=group)
+        watch.board.gone("here")
+        if where is not None:
+            run_on_ray(assignment, where, workers or ray_slots(where), desk.store, desk.listener)
+        else:
+            run_workers(assignment, [watch.listener(f"w{place}") for place in range(workers or 1)])
+
+    return spread
 
 
-def _shared(store: SearchStore, tracker: Any) -> None:
+def _shared(store: SearchStore, tracker: Tracker) -> None:
+    """Raises StudyError for databases that other machines cannot use."""
     from crism_mlops.errors import StudyError
     from crism_mlops.tracking_store import sqlite_path
 
@@ -195,7 +190,6 @@ def status(
     if watch:
         _watch(study, storage)
         return
-    found = _search_status(study, storage)
     tracker = Tracker(tracking_uri, experiment or _experiment_of(study, storage), create=False)
     names = study_names(tracker)
     if not names:
@@ -204,6 +198,7 @@ def status(
         )
     if study is not None and study not in names:
         raise StudyError(f"no study {study!r} in experiment {tracker.experiment!r}; it holds {', '.join(names)}")
+    found = _search_status(study, storage)
     # The others as well: a U-Net of the same experiment is what an InstructPix2Pix is held against.
     every = [{**study_status(tracker, name), "search": found.get(name)} for name in names]
     statuses = [one for one in every if study in (None, one["study"])]

@@ -231,7 +231,7 @@ def test_errors_of_the_machine(
 
 
 def test_ctrl_c(run: Any, store: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("crism_mlops.scenes.sources.load_scenes", lambda *_: [])

@@ -561,22 +561,19 @@ def test_floors_for_each_variant(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
     assert seen == [("pnr", "physical", True)]
 
 
-class RecordingTracker(Tracker):
-    """Notes in which order a run's metrics came."""
-
-    def metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        told.setdefault(run_id, []).extend(metrics)
-        super().metrics(run_id, metrics, step)
-
-
-told: dict[str, list[str]] = {}
-
-
 def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_scenes: list[Scene]) -> None:
     """Two real trials of a small U-Net, the second one pruned, and the floors."""
     monkeypatch.chdir(tmp_path)
-    told.clear()
-    tracker = RecordingTracker(new_tracker(tmp_path).uri, "crism-test")
+    tracker = new_tracker(tmp_path)
+    # In which order a run's metrics came.
+    told: dict[str, list[str]] = {}
+    log_metrics = Tracker.metrics
+
+    def recording(self: Tracker, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        told.setdefault(run_id, []).extend(metrics)
+        log_metrics(self, run_id, metrics, step)
+
+    monkeypatch.setattr(Tracker, "metrics", recording)
     bench = Bench(tmp_path, Trials(), tracker)
     sweep = small_sweep(
         trials=2, pruner=PRUNER, train={"epochs": 2, "batch_size": 8},

@@ -61,19 +61,23 @@ class Summary:
 
 def run_study(
     sweep: SweepConfig, scenes: Sequence[Scene], tracker: Tracker, storage: str | SearchStore | None = None,
-    listener: Listener | None = None, work_root: Path | None = None, run: RunTrial = run_trial,
+    listener: Listener | None = None, work_root: Path | None = None, run: RunTrial = run_trial, group: str = "",
+    spread: Callable[[Desk], None] | None = None,
 ) -> Summary:  # fmt: skip
     """Work on a study until its budget is used up; continue it where it stands, beside others who do the same.
+
+    `spread` does the work once the study is prepared: by default `work`, in this process; it may have other
+    processes do it, which know those of this call by `group`.
 
     Raises DatasetError if something leaks from train to test, ModelError where model.input_vae is no autoencoder,
     StudyError if the stored study is another one (data, objective or space differ) or if too many trials fail;
     KeyboardInterrupt after the running trial was left for others to go on with.
     """
     listener = listener or Listener()
-    with terminate_as_interrupt(), working(sweep, scenes, tracker, storage, listener, work_root, run) as desk:
+    with terminate_as_interrupt(), working(sweep, scenes, tracker, storage, listener, work_root, run, group) as desk:
         with closing(desk):
             prepare(desk)
-            work(desk)
+            (spread or work)(desk)
         return summarise(desk.study, desk.sweep)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,8 +133,6 @@ def take_up(desk: Desk, trial: optuna.Trial) -> None:
     outbox = desk.work / "outbox" / f"{trial.number:04d}"
     with desk.tracker.buffered(outbox, desk.listener.say) as tracker:
         state, value, why = _run(replace(desk, tracker=tracker), trial, run_id)
-    if state in ("FINISHED", "PRUNED"):
-        shutil.rmtree(outbox, ignore_errors=True)
     desk.listener.ended(trial.number, state, value, why)
 
 

@@ -78,13 +78,14 @@ def study_sweep(study: Any, assignment: Assignment) -> SweepConfig:
     return override_sweep(stored_sweep(study).model_dump(mode="json"), assignment.overrides)
 
 
-def run_workers(assignment: Assignment, count: int, listeners: Sequence[Listener]) -> None:
-    """Run a study's workers in so many processes of this machine, each on its share of cores or GPUs.
+def run_workers(assignment: Assignment, listeners: Sequence[Listener]) -> None:
+    """Run a study's workers in processes of this machine, one a listener, each on its share of cores or GPUs.
 
     A process that dies is started again; what it was at is taken up by the next that asks. After Ctrl-C all stop
-    once they have saved; a second one ends them at once. `listeners` hears each of them. Raises StudyError with
-    the first worker's that refuses, ClusterError where one keeps dying.
+    once they have saved; a second one ends them at once. Raises StudyError with the words of the first that refuses,
+    ClusterError where one keeps dying.
     """
+    count = len(listeners)
     context = get_context("spawn")
     children: dict[int, _Child] = {}
     restarts = dict.fromkeys(range(count), 0)
