@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import tempfile
 import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,6 +64,7 @@ __all__ = [
 T = TypeVar("T")
 Kind = Literal["study", "trial", "floor", "ceiling", "evaluation", "published"]
 _READING = "crism.test_reading."
+REPEAT_OF = "crism.repeat_of"  # on a trial that repeats another one with another seed: that one's number
 INFEASIBLE = "crism.infeasible"  # on a finished trial that breaks a constraint of its study: which, and by how much
 Status = Literal["FINISHED", "KILLED", "FAILED", "RUNNING"]
 MODEL_CODE = Path(__file__).parent / "registry" / "pyfunc.py"
@@ -89,6 +91,25 @@ class RunInfo:
     @property
     def kind(self) -> str:
         return self.tags.get("crism.kind", "")
+
+    @property
+    def ranking(self) -> float:
+        """What a finished trial is ranked by: its objective, of one that was repeated the mean over seeds; NaN where
+        it has none."""
+        return self.metrics.get("seeds/mean", self.metrics.get("objective", math.nan))
+
+
+def contenders(runs: Iterable[RunInfo]) -> list[RunInfo]:
+    """The finished trials that can be the best: those that keep to their study's constraints, and where the best
+    ones were repeated with other seeds, these alone: one lucky seed beats no mean. Not the repetitions themselves."""
+    found = [
+        run
+        for run in runs
+        if run.kind == "trial" and run.status == "FINISHED" and REPEAT_OF not in run.tags
+        and INFEASIBLE not in run.tags and math.isfinite(run.ranking)
+    ]  # fmt: skip
+    repeated = {run.tags.get("crism.study") for run in found if "seeds/mean" in run.metrics}
+    return [run for run in found if run.tags.get("crism.study") not in repeated or "seeds/mean" in run.metrics]
 
 
 class Tracker:

@@ -239,3 +239,18 @@ def test_no_numbers(content: Any) -> None:
     with pytest.raises(MlflowException, match="expected N x H x W x C") as caught:
         checked(content)
     assert caught.value.get_http_status_code() == 400
+
+
+def test_of_repeated_trials_the_mean_decides(tracker: Tracker) -> None:
+    """One lucky seed beats no mean: neither a trial that was not repeated, nor a repetition itself."""
+    tracker.start("ip2p", "study", {"crism.study": "ip2p"}, {"objective": "val/rmse"})
+    lucky = logged_trial(tracker, "lucky", 1.0)
+    steady = logged_trial(tracker, "steady", 2.0)
+    logged_trial(tracker, "never repeated", 0.5)
+    again = logged_trial(tracker, "again", 0.1)
+    tracker.tags(again, {"crism.repeat_of": "0"})
+    tracker.metrics(lucky, {"seeds/mean": 5.0})
+    tracker.metrics(steady, {"seeds/mean": 2.5})
+    runs = tracker.find()
+    decision = decide(runs, [r for r in runs if r.kind == "study"], None, None)
+    assert (decision.candidate.name, decision.value) == ("steady", 2.5)

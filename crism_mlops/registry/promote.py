@@ -11,7 +11,7 @@ from typing import Any
 from crism_mlops.config import Variant, error_sign
 from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
 from crism_mlops.errors import PromotionError, TrackingError, one_line
-from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker, translated
+from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders, translated
 
 log = logging.getLogger(__name__)
 MODEL_NAME = "crism-instruct-pix2pix"
@@ -53,7 +53,7 @@ def decide(
         r
         for r in runs
         if r.kind == "trial" and r.status == "FINISHED" and r.tags.get("crism.model") == "instruct_pix2pix"
-        and "crism.model_id" in r.tags and math.isfinite(r.metrics.get("objective", math.nan))
+        and REPEAT_OF not in r.tags and "crism.model_id" in r.tags and math.isfinite(r.ranking)
     ]  # fmt: skip
     wanted = [r for r in finished if _wanted(r.tags.get("crism.variant", ""), variant)]
     feasible = [r for r in wanted if INFEASIBLE not in r.tags]
@@ -85,8 +85,9 @@ def decide(
             "crism-mlops promote STUDY"
         )
     objective = parents[used[0]].params.get("objective", "val/rmse")
-    best = min(wanted, key=lambda r: error_sign(objective) * r.metrics["objective"])
-    value = best.metrics["objective"]
+    # Where the best were repeated with other seeds, these alone, by their mean.
+    best = min(contenders(wanted), key=lambda r: error_sign(objective) * r.ranking)
+    value = best.ranking
     if champion_run_id == best.run_id:
         return Decision(best, objective, value, champion_run_id, False, "it is the champion already: no change")
     return Decision(

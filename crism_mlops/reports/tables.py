@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import error_sign
-from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker
+from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,13 +21,10 @@ def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
     """One study as plain data: totals, trials, floors and ceilings with all their scores."""
     runs = tracker.find(crism_study=name)
     parents = [r for r in runs if r.kind == "study"]
-    trials = [r for r in runs if r.kind == "trial"]
     rows = [_row(r) for r in runs if r.kind != "study"]
-    states = [row["state"] for row in rows if row["kind"] == "trial"]
+    states = [row["state"] for row in rows if row["kind"] == "trial" and row["repeat_of"] is None]
     objective = parents[-1].tags.get("crism.objective", "val/rmse") if parents else "val/rmse"
-    finished = [r for r in trials if r.status == "FINISHED" and math.isfinite(r.metrics.get("objective", math.nan))]
-    feasible = [r for r in finished if INFEASIBLE not in r.tags]
-    best = min(feasible, key=lambda r: error_sign(objective) * r.metrics["objective"], default=None)
+    best = min(contenders(runs), key=lambda r: error_sign(objective) * r.ranking, default=None)
     return {
         "study": name,
         "experiment": tracker.experiment,
@@ -58,6 +55,7 @@ def _row(run: RunInfo) -> dict[str, Any]:
         "run_id": run.run_id,
         "kind": run.kind,
         "state": state,
+        "repeat_of": run.tags.get(REPEAT_OF),
         "why": run.tags.get("crism.why") or run.tags.get(INFEASIBLE),
         "settings": settings,
         "scores": {k: v for k, v in sorted(run.metrics.items()) if "/" in k and k.split("/")[0] != "train"},
@@ -86,6 +84,8 @@ def status_tables(statuses: Sequence[dict[str, Any]]) -> list[Table]:
             for row in sorted(status["rows"], key=lambda r: order.get(r["kind"], 3)):
                 best = row["run_id"] == status["best_run_id"]
                 state = row["state"] if row["kind"] == "trial" else row["kind"]
+                if row["repeat_of"] is not None:
+                    state += f", repeats {row['repeat_of']}"
                 if row["kind"] != "trial" and row["state"] != "finished":
                     state += f", {row['state']}"
                 table.add_row(
@@ -104,9 +104,8 @@ def headline(status: dict[str, Any]) -> str:
     """One line: how many trials, in which state, and the best one's objective."""
     counts = ", ".join(f"{n} {state}" for state, n in status["counts"].items()) or "no trials yet"
     best = _best_row(status)
-    value = "" if best is None else f"; best {best['run']}: {status['objective']} " + _figure(
-        best["scores"].get(status["objective"]), status["objective"].split("/")[-1]
-    )  # fmt: skip
+    metric = status["objective"].split("/")[-1]
+    value = "" if best is None else f"; best {best['run']}: {status['objective']} {_value(best, status, metric)}"
     return f"{status['study']} ({status['model']}): {counts} of {status['trials_total']}{value} (chosen on validation)"
 
 
@@ -163,6 +162,15 @@ def _figures(scores: Mapping[str, float], prefix: str) -> list[str]:
     if cells[0] == "-":
         cells[1] = "-"
     return [*cells, _figure(scores.get("test/skill"), "skill")] if prefix == "test" else cells
+
+
+def _value(best: Mapping[str, Any], status: Mapping[str, Any], metric: str) -> str:
+    """The best trial's objective; where it was repeated, the mean over seeds with its interval."""
+    scores = best["scores"]
+    if "seeds/mean" not in scores:
+        return _figure(scores.get(status["objective"]), metric)
+    mean, low, high = (_figure(scores.get(f"seeds/{key}"), metric) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high} at 95 %, {scores['seeds/count']:.0f} seeds)"
 
 
 def _figure(value: float | None, metric: str) -> str:

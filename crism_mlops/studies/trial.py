@@ -51,7 +51,7 @@ from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded,
 from crism_mlops.studies.samplers import trial_seed
 from crism_mlops.studies.search_space import labels, suggest
 from crism_mlops.studies.storage import SearchStore, storage_errors
-from crism_mlops.tracking import INFEASIBLE, RunInfo, Tracker, git_commit
+from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, git_commit
 
 log = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
@@ -206,7 +206,7 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
         "crism.attempts": str(attempts),
     }
     if REPEAT in trial.user_attrs:
-        tags["crism.repeat_of"] = str(trial.user_attrs[REPEAT])
+        tags[REPEAT_OF] = str(trial.user_attrs[REPEAT])
     params = {**labels(trial.params, sweep.search), **choices, "seed": seed, "git_commit": git_commit() or "unknown"}
     name, once = f"{sweep.study}-{trial.number:03d}", ("crism.kind", "crism.study", "crism.trial_number")
     made = tracker.start(name, "trial", tags, params, desk.parent, once=once)
