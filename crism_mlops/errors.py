@@ -91,4 +91,6 @@ class PromotionError(CrismError):
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line of readable length; its type's name where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    # SQLAlchemy ends with an address that explains its own errors, not the database's.
+    text = str(error).partition("(Background on this error at")[0]
+    return " ".join(text.split())[:300] or type(error).__name__

@@ -28,13 +28,17 @@ def overview(
     `group` is their name in the ledger, `began` when the call did (time.monotonic)."""
     trials = study.get_trials(deepcopy=False)
     summary = summarise(study, sweep)
-    rows = [row for row in store.ledger.workers(sweep.study) if not group or row["group"] != group]
+    living = store.ledger.workers(sweep.study)
+    rows = [row for row in living if not group or row["group"] != group]
+    # Nobody has told Optuna yet that a dead worker's trial does not run: the next to work on the study will.
+    held = {row["trial"] for row in living}
+    left = sum(t.state == TrialState.RUNNING and own(t) and t.number not in held for t in trials)
     counts = {
-        "running": summary.running,
+        "running": summary.running - left,
         "finished": summary.complete,
         "pruned": summary.pruned,
         "failed": summary.failed,
-        "interrupted": summary.interrupted,
+        "interrupted": summary.interrupted + left,
         "waiting": summary.waiting,
     }
     wanted = store.ledger.controls(sweep.study).get("run")
