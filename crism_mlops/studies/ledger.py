@@ -148,6 +148,8 @@ class Ledger:
         with self.engine.begin() as connection:
             now = self._now(connection)
             values: dict[str, Any] = {"seen": now, "expires": now + lease}
+            # See `_refresh`: after an outage this beat may come before the next claim.
+            values["joined"] = sa.case((_silent_from(_workers.c) < now, now), else_=_workers.c.joined)
             if doing is not None:
                 values["doing"] = json.dumps(doing)
             changed = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
@@ -295,14 +297,14 @@ class Ledger:
         return {"what": what, "trial": trial._trial_id, "number": trial.number}
 
     def _refresh(self, connection: sa.Connection, worker: str) -> bool:
-        """Whether a worker's row still stands. One that had expired without anybody noticing was out of touch, and
-        so perhaps were all: it begins anew, and for a while buries nobody for being late."""
+        """Whether a worker's row still stands. One that missed half its lease's beats was out of touch, and so
+        perhaps were all: it begins anew, and for a while buries nobody for being late."""
         row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().first()
         if row is None:
             return False
         now = self._now(connection)
         values = {"seen": now, "expires": now + (row["expires"] - row["seen"])}
-        if row["expires"] < now:
+        if _silent_from(row) < now:
             values["joined"] = now
         connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
         return True
@@ -382,6 +384,11 @@ def database_lock(engine: sa.Engine, file: Path | None, name: str) -> Iterator[s
 def _autocommit(engine: sa.Engine) -> Iterator[sa.Connection]:
     with engine.connect() as connection:
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _silent_from(row: Any) -> Any:
+    """When a worker was silent for half its lease."""
+    return (row["seen"] + row["expires"]) / 2
 
 
 def own(trial: FrozenTrial) -> bool:
