@@ -55,20 +55,33 @@ def slow_steps(
     config: RunConfig, manifest: Manifest, objective: str, tracker: Tracker, run_id: str, work: Path, hooks: Hooks
 ) -> TrackedRun:
     """Six seconds, and where it was interrupted or killed the rest of them."""
+    return _in_steps(STEPS, config, objective, tracker, run_id, work, hooks)
+
+
+def slower_steps(
+    config: RunConfig, manifest: Manifest, objective: str, tracker: Tracker, run_id: str, work: Path, hooks: Hooks
+) -> TrackedRun:
+    """Eighteen seconds: a command needs some to begin."""
+    return _in_steps(3 * STEPS, config, objective, tracker, run_id, work, hooks)
+
+
+def _in_steps(
+    steps: int, config: RunConfig, objective: str, tracker: Tracker, run_id: str, work: Path, hooks: Hooks
+) -> TrackedRun:
     work.mkdir(parents=True, exist_ok=True)
     place = work / "step"
     done = int(place.read_text()) if place.is_file() else 0
     with (work.parent.parent / BEGUN).open("a") as file:
         line = {"study": work.parent.name, "number": int(work.name), "pid": os.getpid(), "step": done, "run": run_id}
         file.write(json.dumps(line) + "\n")
-    for step in range(done + 1, STEPS + 1):
+    for step in range(done + 1, steps + 1):
         time.sleep(STEP_S)
         tracker.metrics(run_id, {"train/loss": 1.0 / step}, step)
         written = work / "step.new"
         written.write_text(str(step))
         written.replace(place)
-        hooks.step(step, STEPS, 1.0 / step)
-    tracker.metrics(run_id, {"steps_done": STEPS})
+        hooks.step(step, steps, 1.0 / step)
+    tracker.metrics(run_id, {"steps_done": steps})
     finished = _finish(config, objective, tracker, run_id)
     shutil.rmtree(work)
     return finished

@@ -496,3 +496,105 @@ def test_three_processes_of_one_call(on_files: Bench) -> None:
     call = bench.start("last", *command, trial="one_second")
     assert call.end() == 0, call.said
     bench.assert_exact(study, 14)
+
+
+def test_told_from_elsewhere(on_files: Bench) -> None:
+    """pause, resume, cancel and stop, by commands in processes of their own, while a sweep runs."""
+    bench, study = on_files, "told"
+    path = bench.file(bench.sweep(study, 4))
+    call = bench.start("told", "sweep", path, *bench.stores, trial="slower_steps")
+    storage = ("--storage", bench.storage)
+
+    def trial() -> int:
+        """The number of the trial that runs, once it is in its midst."""
+        return bench.wait_midst(study, [call], least=1)[call.pid]
+
+    # Given up while it runs: the next one begins.
+    number = trial()
+    assert "gives it up within seconds" in bench.console("cancel", study, number, *storage)
+    wait_until(lambda: f"trial {number} cancelled" in call.said, "the end of a cancelled trial", call.alive)
+    given_up = number
+
+    # Paused at once: it is saved, nothing runs, the sweep waits.
+    number = trial()
+    bench.console("pause", study, "--now", *storage)
+    wait_until(lambda: "RUNNING" not in bench.states(study), "a pause", call.alive)
+    step = bench.step(study, number)
+    assert step > 0
+    time.sleep(2.0)
+    assert bench.states(study) == ["FAIL", "WAITING"]
+    assert bench.step(study, number) == step
+    call.alive()
+    bench.console("resume", study, *storage)
+    wait_until(lambda: len([r for r in bench.begun(study) if r["number"] == number]) == 2, "its resumption", call.alive)
+    begun = [row["step"] for row in bench.begun(study) if row["number"] == number]
+    assert begun == [0, step]
+
+    # Stopped: the trial that runs is finished, and the sweep ends well.
+    bench.console("stop", study, *storage)
+    assert call.end(30.0) == 0, call.said
+    assert bench.states(study)[number] == "COMPLETE"
+    assert len(bench.states(study)) <= 3
+    bench.assert_nothing_runs(study)
+    (parent,) = bench.tracker.find(crism_study=study, crism_kind="study")
+    assert (parent.status, parent.tags["crism.stopped"]) == ("KILLED", "stop")
+
+    # The same command goes on, whatever was asked before.
+    again = bench.start("again", "sweep", path, *bench.stores, trial="one_second")
+    assert again.end() == 0, again.said
+    bench.assert_exact(study, 4, (given_up,))
+
+
+@pytest.fixture
+def ray_cluster(_environment: None) -> Iterator[tuple[Any, list[Any]]]:
+    """Three nodes with a core each; the first is the head."""
+    pytest.importorskip("ray", reason="no ray: pip install crism-mlops[cluster]")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        yield cluster, nodes
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_on_ray(on_servers: Bench, ray_cluster: tuple[Any, list[Any]]) -> None:
+    """Three workers on three nodes: one node is lost, then the call is interrupted, then it goes on."""
+    bench, study = on_servers, "on-ray"
+    cluster, nodes = ray_cluster
+    command = ["sweep", bench.file(bench.sweep(study, 10)), "--ray", cluster.address, *bench.stores]
+    call = bench.start("ray", *command)
+
+    def workers() -> list[int]:
+        """Processes that are at a trial now."""
+        latest = {row["number"]: row["pid"] for row in bench.begun(study)}
+        return [pid for number, pid in latest.items() if 1 <= bench.step(study, number) <= 50]
+
+    wait_until(lambda: len(workers()) == 3, "three trials under way", call.alive, 150.0)
+    before = {row["number"] for row in bench.begun(study)}
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    wait_until(
+        lambda: any(
+            a.get("how") == "lost" for t in bench.trials(study) for a in t.user_attrs.get("crism.attempts", ())
+        ),
+        "the lost node's trial taken up", call.alive,
+    )  # fmt: skip
+    (lost,) = [t for t in bench.trials(study) if len(t.user_attrs["crism.attempts"]) > 1]
+    assert lost.number in before
+    rows = [row for row in bench.begun(study) if row["number"] == lost.number]
+    assert len({row["run"] for row in rows}) == 1
+
+    wait_until(lambda: len(workers()) == 2, "two trials under way", call.alive)
+    call.send(signal.SIGINT)
+    assert call.end(60.0) == 130, call.said
+    assert "Traceback" not in call.said
+    assert "COMPLETE" in bench.states(study)
+    assert "WAITING" in bench.states(study)
+    bench.assert_nothing_runs(study)
+
+    call = bench.start("ray-again", *command, trial="one_second")
+    assert call.end() == 0, call.said
+    bench.assert_exact(study, 10)
