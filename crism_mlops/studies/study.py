@@ -31,7 +31,7 @@ from crism_mlops.studies.run import run_trial
 from crism_mlops.studies.samplers import make_pruner, make_sampler, trial_seed
 from crism_mlops.studies.search_space import grid, input_variants
 from crism_mlops.studies.storage import SearchStore, open_store, storage_errors
-from crism_mlops.studies.trial import INTERRUPTED, Desk, Listener, RunTrial, leave, take_up
+from crism_mlops.studies.trial import FAREWELL_S, INTERRUPTED, Desk, Listener, RunTrial, leave, take_up
 from crism_mlops.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def working(
 ) -> Iterator[Desk]:  # fmt: skip
     """A worker of a study, from joining it to leaving it; the study is made where there is none.
 
-    One that joins what another call began (not `fresh`) leaves the audit and the study's own run to that.
+    One that joins what another call began (not `fresh`) leaves the audit to that.
     """
     with storage_errors():
         store = storage if isinstance(storage, SearchStore) else open_store(storage, say=listener.say)
@@ -205,23 +205,29 @@ def _take(desk: Desk, claim: dict[str, Any], points: Sequence[dict[str, Any]] | 
 
 @contextmanager
 def closing(desk: Desk) -> Iterator[None]:
-    """Whatever ends a worker's work, the study's own run tells how the study stands then."""
+    """Whatever ends a worker's work, the study's own run tells how the study stands then; the last worker ends it."""
     study, tracker, parent = desk.study, desk.tracker, desk.parent
     try:
         yield
     except (KeyboardInterrupt, StoreError, UnwrittenError):
-        _log_totals(desk)
-        if not _others(desk):
-            tracker.stop(parent, INTERRUPTED)
+        # Whoever asked to stop does not wait for a server that is away.
+        tracker.patience = min(tracker.patience, FAREWELL_S)
+        try:
+            _log_totals(desk)
+            if _last(desk):
+                tracker.stop(parent, INTERRUPTED)
+        except TrackingError as error:
+            log.warning("MLflow does not hear that the study was interrupted: %s", error)
         raise
     except TrackingError:
         raise  # Nobody there to tell; the next call settles what is left.
     except Exception as error:
         _log_totals(desk)
-        tracker.fail(parent, error)
+        if _last(desk):
+            tracker.fail(parent, error)
         raise
     _log_totals(desk)
-    if _others(desk):
+    if not _last(desk):
         return
     if desk.heart.wanted:
         tracker.stop(parent, desk.heart.wanted.split()[0])
@@ -232,8 +238,11 @@ def closing(desk: Desk) -> Iterator[None]:
     tracker.end(parent, "FINISHED")
 
 
-def _others(desk: Desk) -> bool:
-    return any(row["worker"] != desk.heart.me.worker for row in desk.store.ledger.workers(desk.sweep.study))
+def _last(desk: Desk) -> bool:
+    """Whether nobody else works on the study. It signs off first: of two that end at once one is the last."""
+    ledger = desk.store.ledger
+    ledger.leave(desk.heart.me.worker)
+    return not ledger.workers(desk.sweep.study)
 
 
 def open_study(sweep: SweepConfig, base: Manifest, store: SearchStore, tracker: Tracker) -> optuna.Study:

@@ -28,7 +28,7 @@ from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.run import Hooks, run_trial
 from crism_mlops.studies.storage import SearchStore, load_study, open_store, storage_errors
-from crism_mlops.studies.study import TRACKING, prepare, terminate_as_interrupt, work, working
+from crism_mlops.studies.study import TRACKING, closing, prepare, terminate_as_interrupt, work, working
 from crism_mlops.studies.trial import Listener, RunTrial
 from crism_mlops.tracking import Tracker
 
@@ -67,6 +67,7 @@ def join_study(assignment: Assignment, listener: Listener | None = None) -> Swee
     with (
         terminate_as_interrupt(),
         working(sweep, scenes, tracker, store, listener, None, assignment.run, assignment.group, fresh=False) as desk,
+        closing(desk),
     ):
         prepare(desk, fresh=False)
         work(desk)
