@@ -16,7 +16,7 @@ from pathlib import Path
 
 from crism_mlops.config import RunConfig
 from crism_mlops.dataset.manifest import Manifest
-from crism_mlops.studies.run import Hooks, TrackedRun
+from crism_mlops.studies.run import Hooks, TrackedRun, TrialEnded
 from crism_mlops.tracking import Tracker
 
 STEPS = 60
@@ -74,13 +74,17 @@ def _in_steps(
     with (work.parent.parent / BEGUN).open("a") as file:
         line = {"study": work.parent.name, "number": int(work.name), "pid": os.getpid(), "step": done, "run": run_id}
         file.write(json.dumps(line) + "\n")
-    for step in range(done + 1, steps + 1):
-        time.sleep(STEP_S)
-        tracker.metrics(run_id, {"train/loss": 1.0 / step}, step)
-        written = work / "step.new"
-        written.write_text(str(step))
-        written.replace(place)
-        hooks.step(step, steps, 1.0 / step)
+    try:
+        for step in range(done + 1, steps + 1):
+            time.sleep(STEP_S)
+            tracker.metrics(run_id, {"train/loss": 1.0 / step}, step)
+            written = work / "step.new"
+            written.write_text(str(step))
+            written.replace(place)
+            hooks.step(step, steps, 1.0 / step)
+    except TrialEnded:
+        shutil.rmtree(work)
+        raise
     tracker.metrics(run_id, {"steps_done": steps})
     finished = _finish(config, objective, tracker, run_id)
     shutil.rmtree(work)
