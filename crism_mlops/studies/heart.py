@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from threading import Event, Thread
+from threading import Event, RLock, Thread
 from types import TracebackType
 from typing import Any
 
-from crism_mlops.errors import LeaseLostError
+from crism_mlops.errors import LeaseLostError, one_line
 from crism_mlops.studies.ledger import Ledger, Me
 from crism_mlops.studies.proxy import RemoteLedger
 from crism_mlops.studies.storage import is_away
@@ -57,6 +57,8 @@ class Heart:
         self._ask_again = 0.0
         self._offset = 0.0
         self._ended = Event()
+        # A beat that was under way when its worker joined again would tell of the row before.
+        self._lock = RLock()
         self._thread = Thread(target=self._run, name="heart", daemon=True)
 
     def __enter__(self) -> Heart:
@@ -73,28 +75,35 @@ class Heart:
             self.ledger.leave(self.me.worker)
         except Exception as problem:
             # The row stays until its lease ends, as if the worker had died here.
-            if not is_away(problem):
-                raise
-            log.warning("could not sign off from the study: %s", problem)
+            log.warning("could not sign off from the study: %s", one_line(problem))
 
     def join(self) -> None:
         """Join, or join again after having been given up for dead."""
         me = self.me
-        self.ledger.leave(me.worker)
-        self.ledger.join(self.study, me.worker, me.machine, me.process, self.lease, self.gpus, self.group)
-        self.lost = False
-        self.beat()
+        with self._lock:
+            self.ledger.join(self.study, me.worker, me.machine, me.process, self.lease, self.gpus, self.group)
+            self.lost = False
+            self.listen()
 
     def beat(self) -> None:
         """Beat once. Passes on what the database raises."""
-        begun = clock()
-        answer = self.ledger.beat(self.study, self.me.worker, self.lease, dict(self.doing()))
-        self.controls = answer["controls"]
-        self._offset = answer["now"] - time.time()
-        if answer["alive"]:
-            self._good_until = begun + self.lease
-        else:
-            self.lost = True
+        with self._lock:
+            begun = clock()
+            answer = self.ledger.beat(self.study, self.me.worker, self.lease, dict(self.doing()))
+            self.controls = answer["controls"]
+            self._offset = answer["now"] - time.time()
+            if answer["alive"]:
+                self._good_until = begun + self.lease
+            else:
+                self.lost = True
+
+    def listen(self) -> None:
+        """Beat to hear what is wanted; what was wanted last stands where the database is away."""
+        try:
+            self.beat()
+        except Exception as error:
+            if not is_away(error):
+                raise
 
     def now(self) -> float:
         """The search database's clock, as it was at the last beat."""

@@ -98,7 +98,12 @@ def machine() -> str:
 
 def process_name(pid: int) -> str:
     """Number and start: a number alone is given again."""
-    return f"{pid}:{psutil.Process(pid).create_time():.2f}"
+    try:
+        # Ticks since boot: the time of day at which it began moves when somebody sets the clock.
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        began = f"{psutil.Process(pid).create_time():.2f}"
+    return f"{pid}:{began}"
 
 
 def process_lives(name: str) -> bool:
@@ -132,9 +137,12 @@ class Ledger:
         self, study: str, worker: str, machine: str, process: str, lease: float, gpus: float = 0.0,
         group: str = "",
     ) -> None:  # fmt: skip
-        """A worker begins, with so many GPUs; it holds nothing. `group` names the call that started it."""
+        """A worker begins, with so many GPUs; it holds nothing, not even what it held before. `group` names the
+        call that started it."""
         with self.engine.begin() as connection:
             now = self._now(connection)
+            # A second time where the answer to the first was lost.
+            connection.execute(sa.delete(_workers).where(_workers.c.worker == worker))
             connection.execute(
                 sa.insert(_workers).values(
                     worker=worker, study=study, machine=machine, process=process, gpus=gpus, group=group,
@@ -147,9 +155,7 @@ class Ledger:
         another's. Gives the study's controls as well."""
         with self.engine.begin() as connection:
             now = self._now(connection)
-            values: dict[str, Any] = {"seen": now, "expires": now + lease}
-            # See `_refresh`: after an outage this beat may come before the next claim.
-            values["joined"] = sa.case((_silent_from(_workers.c) < now, now), else_=_workers.c.joined)
+            values: dict[str, Any] = {"seen": now, "expires": now + lease, "joined": _joined(now)}
             if doing is not None:
                 values["doing"] = json.dumps(doing)
             changed = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
@@ -164,8 +170,37 @@ class Ledger:
     def free(self, worker: str) -> bool:
         """What a worker held has ended, or is not its own any more (False)."""
         with self.engine.begin() as connection:
-            done = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=None))
-            return done.rowcount == 1
+            return self._hold(connection, worker, None)
+
+    def give_back(self, study: str, worker: str, number: int) -> bool:
+        """A trial that its worker stops in the midst of waits for whoever goes on with it; False where it is
+        another's by now, or has ended."""
+        with self._critical(study) as connection:
+            row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().first()
+            if row is None or row["trial"] != number:
+                return False
+            trial = self._trial(study, number)
+            if trial.state == TrialState.RUNNING:
+                self._put(trial, TrialState.WAITING, {STATE: "interrupted"}, self._now(connection))
+            self._hold(connection, worker, None)
+            return trial.state == TrialState.RUNNING
+
+    def settle(
+        self, study: str, number: int, state: str, attributes: Mapping[str, str],
+        values: Sequence[float] | None = None,
+    ) -> bool:  # fmt: skip
+        """Let a trial that nobody runs wait, or end as its run in MLflow did; False where somebody runs it by now,
+        or it has ended. `state` is the name of Optuna's."""
+        with self._critical(study) as connection:
+            held = sa.and_(_workers.c.study == study, _workers.c.trial == number)
+            rows = connection.execute(sa.select(_workers).where(held)).mappings().all()
+            trial, now = self._trial(study, number), self._now(connection)
+            if trial.state.is_finished() or any(not self._dead(row, now) for row in rows):
+                return False
+            # Should one live after all, it finds itself given up for dead, and writes nothing more.
+            connection.execute(sa.delete(_workers).where(held))
+            self._put(trial, TrialState[state], attributes, max((row["seen"] for row in rows), default=None), values)
+            return True
 
     def workers(self, study: str) -> list[dict[str, Any]]:
         """Living workers of a study: worker, machine, process, joined, seen, trial, doing; the first to join first."""
@@ -229,7 +264,7 @@ class Ledger:
             self._lost(self.storage.get_all_trials(self._identity(study), deepcopy=False), dead)
             if PREPARING in held:
                 return False
-            connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=PREPARING))
+            self._hold(connection, worker, PREPARING)
             return True
 
     def enqueue(self, study: str, entries: Sequence[Mapping[str, Any]]) -> int:
@@ -252,11 +287,8 @@ class Ledger:
 
     def control(self, study: str, name: str, value: str | None) -> None:
         """Set a control (`run`: pause, stop, ...; `cancel:NUMBER`), or take it away."""
-        with self.engine.begin() as connection:
-            connection.execute(sa.delete(_controls).where(_controls.c.study == study, _controls.c.name == name))
-            if value is not None:
-                now = self._now(connection)
-                connection.execute(sa.insert(_controls).values(study=study, name=name, value=value, since=now))
+        with self._critical(study) as connection:
+            self._set_control(connection, study, name, value)
 
     def controls(self, study: str) -> dict[str, Any]:
         """All controls of a study: value and since when (seconds since 1970)."""
@@ -276,46 +308,67 @@ class Ledger:
             if trial.state.is_finished():
                 return "ended"
             if trial.state == TrialState.RUNNING and number in held:
-                self.control(study, f"cancel:{number}", "yes")
+                self._set_control(connection, study, f"cancel:{number}", "yes")
                 return "asked"
-            self.storage.set_trial_user_attr(trial._trial_id, STATE, "cancelled")
-            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            self._put(self.storage.get_trial(trial._trial_id), TrialState.FAIL, {STATE: "cancelled"})
             return "cancelled"
 
     # -- within
 
     def _take(self, connection: sa.Connection, worker: str, trial: FrozenTrial, what: str) -> dict[str, Any]:
-        mine = _workers.c.worker == worker
-        connection.execute(sa.update(_workers).where(mine).values(trial=trial.number))
-        row = connection.execute(sa.select(_workers).where(mine)).mappings().one()
+        self._hold(connection, worker, trial.number)
+        row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().one()
         attempts = trial.user_attrs.get(ATTEMPTS, [])
-        begun = {
-            "worker": worker[:8], "host": row["machine"].partition("/")[0], "gpus": row["gpus"],
-            "began": self._now(connection), "ended": None,
-        }  # fmt: skip
-        self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, [*attempts, begun])
+        running = bool(attempts) and attempts[-1]["ended"] is None
+        if not running or attempts[-1]["worker"] != worker[:8]:  # else it asks again: our answer was lost
+            if running:
+                attempts = [*attempts[:-1], _ended(attempts[-1], "lost", None)]
+            begun = {
+                "worker": worker[:8], "host": row["machine"].partition("/")[0], "gpus": row["gpus"],
+                "began": self._now(connection), "ended": None,
+            }  # fmt: skip
+            self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, [*attempts, begun])
         return {"what": what, "trial": trial._trial_id, "number": trial.number}
 
+    def _hold(self, connection: sa.Connection, worker: str, trial: int | None) -> bool:
+        done = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(trial=trial))
+        return done.rowcount == 1
+
+    def _trial(self, study: str, number: int) -> FrozenTrial:
+        identity = self._identity(study)
+        return self.storage.get_trial(self.storage.get_trial_id_from_study_id_trial_number(identity, number))
+
+    def _put(
+        self, trial: FrozenTrial, state: TrialState, attributes: Mapping[str, str], when: float | None = None,
+        values: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
+        for key, value in attributes.items():
+            self.storage.set_trial_user_attr(trial._trial_id, key, value)
+        end_attempt(self.storage, trial, attributes[STATE], when)
+        self.storage.set_trial_state_values(trial._trial_id, state, values)
+
+    def _set_control(self, connection: sa.Connection, study: str, name: str, value: str | None) -> None:
+        connection.execute(sa.delete(_controls).where(_controls.c.study == study, _controls.c.name == name))
+        if value is not None:
+            now = self._now(connection)
+            connection.execute(sa.insert(_controls).values(study=study, name=name, value=value, since=now))
+
     def _refresh(self, connection: sa.Connection, worker: str) -> bool:
-        """Whether a worker's row still stands. One that missed half its lease's beats was out of touch, and so
-        perhaps were all: it begins anew, and for a while buries nobody for being late."""
-        row = connection.execute(sa.select(_workers).where(_workers.c.worker == worker)).mappings().first()
-        if row is None:
-            return False
+        """Whether a worker's row still stands; asking is a sign of life."""
         now = self._now(connection)
-        values = {"seen": now, "expires": now + (row["expires"] - row["seen"])}
-        if _silent_from(row) < now:
-            values["joined"] = now
-        connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
-        return True
+        lease = _workers.c.expires - _workers.c.seen
+        values = {"seen": now, "expires": now + lease, "joined": _joined(now)}
+        done = connection.execute(sa.update(_workers).where(_workers.c.worker == worker).values(values))
+        return done.rowcount == 1
 
     def _bury(self, connection: sa.Connection, study: str, worker: str) -> tuple[set[int], list[Mapping[Any, Any]]]:
         """Remove dead workers; returns what the living ones hold, the asking one left out, and who was removed."""
         now = self._now(connection)
         rows = connection.execute(sa.select(_workers).where(_workers.c.study == study)).mappings().all()
         mine = next((row for row in rows if row["worker"] == worker), None)
-        # After an outage of the database everybody is late; those who live have a beat's time to say so.
-        late = mine is None or now - mine["joined"] > (mine["expires"] - mine["seen"]) / 2
+        # After an outage of the database everybody is late; those who live have some beats' time to say so.
+        # Who is no worker cannot tell.
+        late = mine is not None and now - mine["joined"] > (mine["expires"] - mine["seen"]) / 2
         dead: list[Mapping[Any, Any]] = [
             row for row in rows if row["worker"] != worker and self._dead(row, now, by_time=late)
         ]
@@ -386,9 +439,11 @@ def _autocommit(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def _silent_from(row: Any) -> Any:
-    """When a worker was silent for half its lease."""
-    return (row["seen"] + row["expires"]) / 2
+def _joined(now: float) -> Any:
+    """When a worker joined. One that was out of touch for half its lease begins anew: so perhaps were all, and for
+    as long again it buries nobody for being late."""
+    silent = now - _workers.c.seen > (_workers.c.expires - _workers.c.seen) / 2
+    return sa.case((silent, now), else_=_workers.c.joined)
 
 
 def own(trial: FrozenTrial) -> bool:
@@ -396,12 +451,17 @@ def own(trial: FrozenTrial) -> bool:
     return COPIED not in trial.user_attrs and REPEAT not in trial.user_attrs
 
 
-def end_attempt(storage: optuna.storages.BaseStorage, trial: FrozenTrial, how: str, when: float) -> None:
-    """Note on a trial how its running attempt ended."""
+def end_attempt(storage: optuna.storages.BaseStorage, trial: FrozenTrial, how: str, when: float | None) -> None:
+    """Note on a trial how its running attempt ended, and when; None where nobody knows."""
     attempts = trial.user_attrs.get(ATTEMPTS, [])
     if attempts and attempts[-1]["ended"] is None:
-        ended = {**attempts[-1], "ended": when, "how": how}
+        ended = _ended(attempts[-1], how, when)
         storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, [*attempts[:-1], ended])
+
+
+def _ended(attempt: Mapping[str, Any], how: str, when: float | None) -> dict[str, Any]:
+    # That it took no time is the only claim that needs no witness.
+    return {**attempt, "ended": attempt["began"] if when is None else when, "how": how}
 
 
 def sqlite_file(url: str) -> Path | None:

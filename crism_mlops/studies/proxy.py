@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SERVICE = "crism.Ledger"
 METHODS = (
-    "join", "beat", "leave", "free", "workers", "claim", "prepare", "enqueue", "control", "controls", "cancel",
+    "join", "beat", "leave", "free", "give_back", "settle", "workers", "claim", "prepare", "enqueue", "control",
+    "controls", "cancel",
 )  # fmt: skip
 CONNECT_S = 10.0
 

@@ -34,6 +34,20 @@ class SearchStore:
     url: str
     storage: BaseStorage
     ledger: Ledger | RemoteLedger
+    patience: Patience | None = None
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Meanwhile an absent database is waited for so many seconds at most."""
+        if self.patience is None:
+            yield
+            return
+        before = self.patience.seconds
+        self.patience.seconds = min(before, seconds)
+        try:
+            yield
+        finally:
+            self.patience.seconds = before
 
     @property
     def shown(self) -> str:
@@ -66,7 +80,7 @@ def open_store(
         if url.startswith("grpc://"):
             place = urlsplit(url)
             remote = remote_storage(place.hostname or "127.0.0.1", place.port or 13000)
-            return SearchStore(url, _patient_storage(remote, patient), patient.wrap(RemoteLedger(remote)))
+            return SearchStore(url, _patient_storage(remote, patient), patient.wrap(RemoteLedger(remote)), patient)
         kind = sa.make_url(url).get_backend_name()
         if kind not in ("sqlite", "postgresql"):
             raise StudyError(
@@ -77,7 +91,7 @@ def open_store(
     except (SQLAlchemyError, ArgumentError, ImportError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError: the tables were made by another version of Optuna.
         raise StudyError(f"study storage {shown(url)}: {shown(url, one_line(error))}") from error
-    return SearchStore(url, _patient_storage(storage, patient), patient.wrap(ledger))
+    return SearchStore(url, _patient_storage(storage, patient), patient.wrap(ledger), patient)
 
 
 def _open_database(url: str, create: bool) -> tuple[BaseStorage, Ledger]:
@@ -151,8 +165,8 @@ class _Patient:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
-        if not callable(value) or name.startswith("_") or name == "beat":
-            return value  # A heart that waits would look dead: it misses a beat instead.
+        if not callable(value) or name.startswith("_") or name in ("beat", "leave"):
+            return value  # A heart that waits would look dead: it misses a beat instead. Nor does a farewell wait.
 
         def call(*args: Any, **options: Any) -> Any:
             return self._patience(lambda: value(*args, **options))
@@ -190,7 +204,15 @@ def is_away(error: BaseException) -> bool:
 def _settled(text: str) -> bool:
     """Of PostgreSQL's operational errors those that waiting does not change."""
     return any(
-        words in text for words in ("authentication failed", "does not exist", "No space left", "permission denied")
+        words in text
+        for words in (
+            "authentication failed",
+            "no password supplied",
+            "no pg_hba.conf entry",
+            "does not exist",
+            "No space left",
+            "permission denied",
+        )
     )
 
 
