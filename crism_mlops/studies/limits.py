@@ -14,7 +14,7 @@ FAILURES = 3
 
 
 def spent(sweep: SweepConfig, trials: Sequence[FrozenTrial], now: float) -> str | None:
-    """Why no further trial may begin, None while one may: hours, GPU-hours, or no improvement.
+    """Why nothing further may begin, None while it may: hours or GPU-hours.
 
     The total of trials itself is kept where slots are claimed (`Ledger.claim`).
     """
@@ -23,8 +23,14 @@ def spent(sweep: SweepConfig, trials: Sequence[FrozenTrial], now: float) -> str 
         return f"{used:.2f} hours are used of budget.hours: {budget.hours:g}"
     if budget.gpu_hours is not None and (used := gpu_hours(trials, now)) >= budget.gpu_hours:
         return f"{used:.2f} GPU-hours are used of budget.gpu_hours: {budget.gpu_hours:g}"
-    if budget.patience is not None and (stale := since_best(sweep, trials)) >= budget.patience:
-        return f"{stale} trials brought nothing better than the best one (budget.patience: {budget.patience})"
+    return None
+
+
+def stale(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> str | None:
+    """Why the search is done before its total is reached, None while it is not; what it found may be repeated."""
+    patience = sweep.budget.patience
+    if patience is not None and (since := since_best(sweep, trials)) >= patience:
+        return f"{since} trials brought nothing better than the best one (budget.patience: {patience})"
     return None
 
 
@@ -61,11 +67,14 @@ def gpu_hours(trials: Sequence[FrozenTrial], now: float) -> float:
 
 def spans(trials: Sequence[FrozenTrial], now: float) -> list[tuple[float, float, float]]:
     """Begin, end (now, of what runs) and GPUs of every attempt, in seconds since 1970."""
-    return [
-        (attempt["began"], attempt["ended"] or now, attempt.get("gpus", 0.0))
-        for trial in trials
-        for attempt in trial.user_attrs.get(ATTEMPTS, [])
-    ]
+    found = []
+    for trial in trials:
+        # One that was left open is no longer under way where its trial does not run.
+        until = now if trial.state == TrialState.RUNNING else 0.0
+        for attempt in trial.user_attrs.get(ATTEMPTS, []):
+            ended = attempt["ended"] or max(until, attempt["began"])
+            found.append((attempt["began"], ended, attempt.get("gpus", 0.0)))
+    return found
 
 
 def since_best(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> int:

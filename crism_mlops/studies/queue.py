@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from crism_mlops.config import SweepConfig, digest_of, error_sign
 from crism_mlops.errors import StudyError
-from crism_mlops.studies.ledger import COUNTED, REPEAT, own
+from crism_mlops.studies.ledger import REPEAT, own
 from crism_mlops.studies.search_space import enqueued, fits
 from crism_mlops.studies.storage import SearchStore, load_study, open_store
 
@@ -79,20 +79,19 @@ def _warm_start(sweep: SweepConfig, store: SearchStore) -> list[dict[str, Any]]:
 
 
 def repeats_wanted(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
-    """Repetitions that are to be queued, once the search is done; none before, and none that are there."""
-    if sweep.repeat is None or sum(t.state in COUNTED and own(t) for t in trials) < sweep.budget.trials:
+    """Repetitions that are to be queued once the search is done; none that are there."""
+    if sweep.repeat is None:
         return []
     sign = error_sign(sweep.objective.first)
-    finished = [t for t in trials if t.state == TrialState.COMPLETE and own(t)]
-    feasible = [t for t in finished if all(excess <= 0.0 for excess in t.constraints.values())]
+    usable = [t for t in trials if t.state == TrialState.COMPLETE and own(t) and feasible(t)]
     entries = []
-    for trial in _distinct(sorted(feasible, key=lambda t: sign * t.values[0]))[: sweep.repeat.best]:
+    for trial in _distinct(sorted(usable, key=lambda t: sign * t.values[0]))[: sweep.repeat.best]:
         made = [t for t in trials if t.user_attrs.get(REPEAT) == trial.number]
         # A repetition that failed is not tried again: the interval is then over fewer seeds.
         for index in range(len(made), sweep.repeat.seeds - 1):
             attributes = {REPEAT: trial.number}
             entries.append(
-                {"key": f"repeat:{trial.number}:{index}", "params": _settings(trial), "attributes": attributes}
+                {"key": f"repeat:{trial.number}:{index}", "params": dict(trial.params), "attributes": attributes}
             )
     return entries
 
@@ -105,8 +104,9 @@ def _distinct(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return list(found.values())
 
 
-def _settings(trial: FrozenTrial) -> Mapping[str, Any]:
-    return dict(trial.params)
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether a finished trial keeps to all constraints."""
+    return all(excess <= 0.0 for excess in trial.constraints.values())
 
 
 def seed_means(trials: Sequence[FrozenTrial]) -> dict[int, SeedMeans]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from crism_mlops.studies.ledger import ATTEMPTS, PREPARING, STATE, end_attempt
+from crism_mlops.studies.ledger import PREPARING, STATE
 from crism_mlops.studies.storage import SearchStore
-from crism_mlops.studies.trial import INTERRUPTED, RUN_ID, ended_as, ended_values
+from crism_mlops.studies.trial import FAILURE, INTERRUPTED, RUN_ID, WHY, ended_as, ended_values
 from crism_mlops.tracking import RunInfo, Tracker
 
 NOBODY = "nobody but you can say which is right"
@@ -36,13 +36,15 @@ def differences(study: optuna.Study, store: SearchStore, tracker: Tracker, work:
     """Every difference between a study's trials, its runs and its work folder; what living workers hold is theirs."""
     name = study.study_name
     living = store.ledger.workers(name)
-    held = {row["trial"] for row in living if row["trial"] is not None}
     runs = {r.run_id: r for r in tracker.find(crism_study=name)}
     trials = study.get_trials(deepcopy=False)
+    # What was let go of, or taken up, meanwhile is no difference.
+    living += store.ledger.workers(name)
+    held = {row["trial"] for row in living if row["trial"] is not None}
     found: list[Difference] = []
     for trial in trials:
         if trial.number not in held:
-            found += _trial(study, trial, runs.get(trial.user_attrs.get(RUN_ID, "")), tracker)
+            found += _trial(study, store, trial, runs.get(trial.user_attrs.get(RUN_ID, "")), tracker)
     known = {t.user_attrs.get(RUN_ID) for t in trials}
     numbers = {str(number) for number in held}
     for run in runs.values():
@@ -62,10 +64,12 @@ def _running(label: str, where: str, repair: Callable[[], None]) -> Difference:
     )
 
 
-def _trial(study: optuna.Study, trial: FrozenTrial, run: RunInfo | None, tracker: Tracker) -> list[Difference]:
+def _trial(
+    study: optuna.Study, store: SearchStore, trial: FrozenTrial, run: RunInfo | None, tracker: Tracker
+) -> list[Difference]:
     """What one trial, that nobody runs, and its run disagree about."""
     label = f"trial {trial.number}"
-    wait = _running(label, "Optuna", _wait(study, trial))
+    wait = _running(label, "Optuna", _settle(study, store, trial, TrialState.WAITING, {STATE: INTERRUPTED}))
     if run is None:
         named = trial.user_attrs.get(RUN_ID)
         if trial.state == TrialState.RUNNING:
@@ -83,7 +87,7 @@ def _trial(study: optuna.Study, trial: FrozenTrial, run: RunInfo | None, tracker
         return [*_ends(label, trial, run, ended, tracker), *_figures(label, trial, run)]
     if ended is not None:
         what = f"{label}: {ended} in MLflow, {trial.state.name} in Optuna"
-        return [Difference(what, f"{ended} in Optuna", _tell(study, trial, run, ended))]
+        return [Difference(what, f"{ended} in Optuna", _tell(study, store, trial, run, ended))]
     found = [wait] if trial.state == TrialState.RUNNING else []
     if run.status == "RUNNING":
         found.append(_running(label, "MLflow", lambda: tracker.stop(run.run_id, INTERRUPTED)))
@@ -140,26 +144,23 @@ def _left_over(trials: Sequence[FrozenTrial], held: set[int], work: Path) -> lis
     ]
 
 
-def _wait(study: optuna.Study, trial: FrozenTrial) -> Callable[[], None]:
+def _settle(
+    study: optuna.Study, store: SearchStore, trial: FrozenTrial, state: TrialState, attributes: Mapping[str, str],
+    values: Sequence[float] | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """Nothing is done where somebody took it up since it was looked at."""
+
     def repair() -> None:
-        attempts = trial.user_attrs.get(ATTEMPTS, [])
-        study._storage.set_trial_user_attr(trial._trial_id, STATE, INTERRUPTED)
-        # Nobody knows when; that it took no time is the only claim that needs no witness.
-        end_attempt(study._storage, trial, "lost", attempts[-1]["began"] if attempts else 0.0)
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        store.ledger.settle(study.study_name, trial.number, state.name, attributes, values)
 
     return repair
 
 
-def _tell(study: optuna.Study, trial: FrozenTrial, run: RunInfo, ended: str) -> Callable[[], None]:
-    def repair() -> None:
-        study._storage.set_trial_user_attr(trial._trial_id, STATE, ended)
-        state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(ended, TrialState.FAIL)
-        metrics = study.user_attrs["crism.metrics"]
-        values = ended_values(run, metrics) if ended == "finished" else None
-        study._storage.set_trial_state_values(trial._trial_id, state, values)
-
-    return repair
+def _tell(study: optuna.Study, store: SearchStore, trial: FrozenTrial, run: RunInfo, ended: str) -> Callable[[], None]:
+    state = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(ended, TrialState.FAIL)
+    values = ended_values(run, study.user_attrs["crism.metrics"]) if ended == "finished" else None
+    told = {key: run.tags[key] for key in (WHY, FAILURE) if key in run.tags} if state == TrialState.FAIL else {}
+    return _settle(study, store, trial, state, {STATE: ended, **told}, values)
 
 
 def _end(tracker: Tracker, run: RunInfo, state: str) -> Callable[[], None]:

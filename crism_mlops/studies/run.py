@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -50,7 +49,7 @@ INTERRUPTING = (TrackingError, StoreError, StudyError, UnwrittenError)
 
 
 class TrialEnded(Exception):  # noqa: N818 -- no error
-    """A trial ends here by somebody's decision (a pruner's): nothing of it is kept."""
+    """A trial ends here by somebody's decision (a pruner's)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +104,9 @@ def run_trial(
 
     `objective` is a metric such as "val/rmse" or "val_worst/rmse". `work` is a folder of the trial's
     own: what an interrupted call left there is gone on from, and where this one is interrupted it stays;
-    of a trial that failed the best checkpoints stay; else it is removed. What `hooks.report` raises
-    passes through; nothing is scored on test then, and no figure of the test set is returned: they go to
-    the tracker alone.
+    of a trial that failed the best checkpoints stay; else it is the caller's to remove, once everybody has
+    heard of the end. What `hooks.report` raises passes through; nothing is scored on test then, and no figure
+    of the test set is returned: they go to the tracker alone.
     """
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
@@ -153,15 +152,11 @@ def run_trial(
             run_id, best, model_card(config, manifest, checkpoint), channels=channels(config.data.variant)
         )
         tracker.tags(run_id, {"crism.model_id": model_id, "crism.ended_by": fitted.ended})
-    except INTERRUPTING:
-        raise
-    except TrialEnded:
-        shutil.rmtree(work, ignore_errors=True)
+    except (*INTERRUPTING, TrialEnded):
         raise
     except Exception:
         resume.clear()
         raise
-    shutil.rmtree(work, ignore_errors=True)
     return TrackedRun(run_id, value, scores)
 
 

@@ -24,14 +24,14 @@ from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.heart import Heart
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
-from crism_mlops.studies.ledger import INDEX, STATE, here, own
-from crism_mlops.studies.limits import failing, spent
-from crism_mlops.studies.queue import queue, repeats_wanted, seed_means
+from crism_mlops.studies.ledger import INDEX, REPEAT, STATE, here, own
+from crism_mlops.studies.limits import failing, spent, stale
+from crism_mlops.studies.queue import feasible, queue, repeats_wanted, seed_means
 from crism_mlops.studies.run import run_trial
 from crism_mlops.studies.samplers import make_pruner, make_sampler, trial_seed
 from crism_mlops.studies.search_space import grid, input_variants
 from crism_mlops.studies.storage import SearchStore, open_store, storage_errors
-from crism_mlops.studies.trial import FAREWELL_S, INTERRUPTED, Desk, Listener, RunTrial, leave, take_up
+from crism_mlops.studies.trial import INTERRUPTED, RUN_ID, Desk, Listener, RunTrial, farewell, leave, settle, take_up
 from crism_mlops.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,9 @@ def working(
         lease = sweep.engine.lease_seconds
         heart = Heart(store.ledger, sweep.study, here(), lease, every, gpus(sweep.device), group, listener.doing)
         with heart:
-            parent = _parent_run(sweep, study, base, tracker)
+            with _alone(heart, store, listener):
+                # Of two calls that begin a study at once, one makes its run.
+                parent = _parent_run(sweep, study, base, tracker)
             if found is not None:
                 tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
             work_folder = (work_root or Path(sweep.engine.work).expanduser()) / sweep.study
@@ -115,32 +117,43 @@ def working(
             )  # fmt: skip
 
 
+@contextmanager
+def _alone(heart: Heart, store: SearchStore, listener: Listener) -> Iterator[None]:
+    """One worker of a study at a time; falls when that worker dies."""
+    ledger, worker = store.ledger, heart.me.worker
+    while not ledger.prepare(heart.study, worker):
+        if heart.lost:
+            heart.join()
+        listener.idle("another worker prepares the study")
+        time.sleep(IDLE_S)
+        heart.listen()
+    try:
+        yield
+    finally:
+        ledger.free(worker)
+
+
 def prepare(desk: Desk, fresh: bool = True) -> None:
     """What comes before the first trial, by one worker at a time: the queue, floors and ceiling.
 
     A second one finds it all there. A `fresh` call begins a stopped study again, and counts failures anew.
     """
     ledger, name = desk.store.ledger, desk.sweep.study
-    while not ledger.prepare(name, desk.heart.me.worker):
-        if desk.heart.lost:
-            desk.heart.join()
-        desk.listener.idle("another worker prepares the study")
-        time.sleep(IDLE_S)
-    try:
+    with _alone(desk.heart, desk.store, desk.listener):
         if fresh:
             if desk.heart.wanted.startswith("stop"):
                 ledger.control(name, "run", None)
             ledger.control(name, "started", "yes")
-            desk.heart.beat()
+            desk.heart.listen()
             ledger.enqueue(name, queue(desk.sweep, desk.store))
         # Nobody computes floors but who prepares: what still runs of them was left.
         _stop_floors(desk)
-        _log_all_floors(desk, desk.listener.floors if fresh else None)
-    except KeyboardInterrupt:
-        _stop_floors(desk)
-        raise
-    finally:
-        ledger.free(desk.heart.me.worker)
+        try:
+            _log_all_floors(desk, desk.listener.floors if fresh else None)
+        except KeyboardInterrupt:
+            with farewell(desk):
+                _stop_floors(desk)
+            raise
 
 
 def _stop_floors(desk: Desk) -> None:
@@ -158,30 +171,39 @@ def work(desk: Desk) -> None:
     points = grid(sweep, trial_seed(sweep.seed, sweep.study, "grid")) if sweep.sampler.kind == "grid" else None
     draws = None if points is None else len(points)
     while True:
+        if heart.lost:
+            heart.join()
         wanted = heart.wanted
         trials = study.get_trials(deepcopy=False)
         if (problem := failing(sweep, trials, heart.controls.get("started", {}).get("since", 0.0))) is not None:
             raise StudyError(
                 f"{problem}. Each run's traceback.txt in MLflow tells more; put it right and run the same command again"
             )
-        enough = spent(sweep, trials, heart.now())
-        if enough is None and not wanted and (entries := repeats_wanted(sweep, trials)):
-            ledger.enqueue(sweep.study, entries)
-        claim = ledger.claim(sweep.study, heart.me.worker, sweep.budget.trials, not wanted and enough is None, draws)
+        enough, found = spent(sweep, trials, heart.now()), stale(sweep, trials)
+        begin = not wanted and enough is None
+        # Of a search that found what it could, only repetitions are left.
+        total = sweep.budget.trials if found is None else 0
+        claim = ledger.claim(sweep.study, heart.me.worker, total, begin, draws)
         if claim["what"] == "lost":
             heart.join()
         elif "trial" in claim:
             _take(desk, claim, points)
+        elif claim["what"] == "done" and begin and ledger.enqueue(sweep.study, _repeats(desk)):
+            continue
         elif wanted.startswith("stop") or (claim["what"] == "done" and not wanted):
-            if enough is not None:
-                desk.listener.say(f"{sweep.study}: {enough}; no further trial begins")
+            if (why := enough or found) is not None:
+                desk.listener.say(f"{sweep.study}: {why}; no further trial begins")
             return
         else:
             since = heart.controls.get("run", {}).get("since", 0.0)
             paused = f"paused since {time.strftime('%H:%M', time.localtime(since))}: crism-mlops resume {sweep.study}"
             desk.listener.idle(paused if wanted else "others run the last trials")
             time.sleep(IDLE_S)
-            heart.beat()
+            heart.listen()
+
+
+def _repeats(desk: Desk) -> list[dict[str, Any]]:
+    return repeats_wanted(desk.sweep, desk.study.get_trials(deepcopy=False))
 
 
 def _take(desk: Desk, claim: dict[str, Any], points: Sequence[dict[str, Any]] | None) -> None:
@@ -190,7 +212,8 @@ def _take(desk: Desk, claim: dict[str, Any], points: Sequence[dict[str, Any]] | 
     frozen = study._storage.get_trial(claim["trial"])
     if claim["what"] == "again" and desk.heart.wanted:
         # Its worker died while the study is paused or stopped: it runs no longer, and both trackers say so.
-        leave(desk, frozen, frozen.user_attrs.get("crism.run_id", ""))
+        if not settle(desk, frozen):
+            leave(desk, frozen, frozen.user_attrs.get(RUN_ID, ""))
         return
     if points is not None and INDEX in frozen.user_attrs:
         study._storage.set_trial_system_attr(claim["trial"], "fixed_params", points[frozen.user_attrs[INDEX]])
@@ -210,23 +233,17 @@ def closing(desk: Desk) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, StoreError, UnwrittenError):
-        # Whoever asked to stop does not wait for a server that is away.
-        tracker.patience = min(tracker.patience, FAREWELL_S)
-        try:
-            _log_totals(desk)
+        with farewell(desk):
             if _last(desk):
                 tracker.stop(parent, INTERRUPTED)
-        except TrackingError as error:
-            log.warning("MLflow does not hear that the study was interrupted: %s", error)
         raise
     except TrackingError:
         raise  # Nobody there to tell; the next call settles what is left.
     except Exception as error:
-        _log_totals(desk)
-        if _last(desk):
-            tracker.fail(parent, error)
+        with farewell(desk):
+            if _last(desk):
+                tracker.fail(parent, error)
         raise
-    _log_totals(desk)
     if not _last(desk):
         return
     if desk.heart.wanted:
@@ -239,10 +256,11 @@ def closing(desk: Desk) -> Iterator[None]:
 
 
 def _last(desk: Desk) -> bool:
-    """Whether nobody else works on the study. It signs off first: of two that end at once one is the last."""
-    ledger = desk.store.ledger
-    ledger.leave(desk.heart.me.worker)
-    return not ledger.workers(desk.sweep.study)
+    """Log how the study stands, and sign off; whether nobody works on it any more. Of two that end at once none
+    may wait for the other to close it: so each signs off first."""
+    _log_totals(desk)
+    desk.store.ledger.leave(desk.heart.me.worker)
+    return not desk.store.ledger.workers(desk.sweep.study)
 
 
 def open_study(sweep: SweepConfig, base: Manifest, store: SearchStore, tracker: Tracker) -> optuna.Study:
@@ -309,15 +327,16 @@ def summarise(study: optuna.Study, sweep: SweepConfig) -> Summary:
 
 
 def best_trial(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> tuple[int, float] | None:
-    """Number and value of the best trial, by the first objective; the mean over seeds where there are repeats."""
+    """Number and value of the best trial, by the first objective; the mean over seeds where there are repeats.
+    Settings that break a constraint with any of their seeds are not the best."""
     sign = error_sign(sweep.objective.first)
-    means = seed_means(trials)
+    broken = {t.user_attrs.get(REPEAT, t.number) for t in trials if not feasible(t)}
+    means = {number: found for number, found in seed_means(trials).items() if number not in broken}
     if means:
         number = min(means, key=lambda n: sign * means[n].mean)
         return number, means[number].mean
-    finished = [t for t in trials if t.state == TrialState.COMPLETE and own(t)]
-    feasible = [t for t in finished if all(excess <= 0.0 for excess in t.constraints.values())]
-    best = min(feasible, key=lambda t: sign * t.values[0], default=None)
+    finished = [t for t in trials if t.state == TrialState.COMPLETE and own(t) and t.number not in broken]
+    best = min(filter(feasible, finished), key=lambda t: sign * t.values[0], default=None)
     return None if best is None else (best.number, best.values[0])
 
 

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from crism_mlops.buffered import BufferedTracker
 from crism_mlops.config import DataConfig, SweepConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import (
@@ -46,7 +49,7 @@ from crism_mlops.errors import (
 )
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.heart import Heart, Yielded
-from crism_mlops.studies.ledger import ATTEMPTS, REPEAT, STATE, end_attempt
+from crism_mlops.studies.ledger import ATTEMPTS, REPEAT, end_attempt
 from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
 from crism_mlops.studies.samplers import trial_seed
 from crism_mlops.studies.search_space import labels, suggest
@@ -114,11 +117,27 @@ def take_up(desk: Desk, trial: optuna.Trial) -> None:
 
     KeyboardInterrupt and what is INTERRUPTING pass through, after the trial was left for others to go on with.
     """
+    number, ended = trial.number, desk.listener.ended
+    try:
+        _take_up(desk, trial)
+    except LeaseLostError:
+        # Not a word: whoever has it now tells how it ends.
+        ended(number, "LOST", None, "another worker goes on with it")
+    except Yielded:
+        ended(number, "INTERRUPTED", None, f"{desk.heart.wanted}: it goes on from its last state")
+    except BaseException as error:
+        with farewell(desk):
+            # Where that was not said yet: between two steps of its end, its run tells how it ended (`settle`).
+            desk.store.ledger.give_back(desk.study.study_name, desk.heart.me.worker, number)
+        if isinstance(error, (KeyboardInterrupt, *INTERRUPTING)):
+            ended(number, "INTERRUPTED", None, "")
+        raise
+
+
+def _take_up(desk: Desk, trial: optuna.Trial) -> None:
     frozen = desk.study._storage.get_trial(trial._trial_id)
     run_id = frozen.user_attrs.get(RUN_ID, "")
-    if run_id and (ended := ended_as(run := desk.tracker.run(run_id))) is not None:
-        # Its worker died before Optuna heard of it.
-        tell_as(desk, trial, run, ended)
+    if settle(desk, frozen):
         return
     lost = sum(attempt.get("how") == "lost" for attempt in frozen.user_attrs.get(ATTEMPTS, []))
     if lost >= desk.sweep.engine.attempts:
@@ -126,64 +145,78 @@ def take_up(desk: Desk, trial: optuna.Trial) -> None:
         if run_id:
             desk.tracker.tags(run_id, {FAILURE: "crash"})
             desk.tracker.fail(run_id, CrismError(why))
-        _tell(desk, trial, TrialState.FAIL, "failed", failure="crash", why=why)
+        _tell(desk, frozen, TrialState.FAIL, "failed", failure="crash", why=why)
         desk.listener.ended(trial.number, "FAILED", None, why)
         return
     # Updates that the tracking server has not taken lie beside the trial's folder: that goes when it ends.
     outbox = desk.work / "outbox" / f"{trial.number:04d}"
-    with desk.tracker.buffered(outbox, desk.listener.say) as tracker:
+    with _buffered(desk, outbox) as tracker:
         state, value, why = _run(replace(desk, tracker=tracker), trial, run_id)
+    if state != "FAILED":
+        # Only now: until both trackers knew, another worker might have had to go on from there.
+        shutil.rmtree(desk.work / f"{trial.number:04d}", ignore_errors=True)
     desk.listener.ended(trial.number, state, value, why)
+
+
+@contextmanager
+def _buffered(desk: Desk, outbox: Path) -> Iterator[BufferedTracker]:
+    """The trial's outbox; one of this worker's own where a worker that lost the trial still stands there."""
+    with ExitStack() as stack:
+        try:
+            tracker = stack.enter_context(desk.tracker.buffered(outbox, desk.listener.say))
+        except TrackingError:
+            own = outbox.with_name(f"{outbox.name}-{desk.heart.me.worker[:8]}")
+            tracker = stack.enter_context(desk.tracker.buffered(own, desk.listener.say))
+        yield tracker
 
 
 def _run(desk: Desk, trial: optuna.Trial, run_id: str) -> tuple[str, float | None, str]:
     """Run a trial; returns its state, its objective and a reason."""
-    sweep, tracker, heart, number = desk.sweep, desk.tracker, desk.heart, trial.number
+    sweep, tracker, number = desk.sweep, desk.tracker, trial.number
+    done: TrackedRun | None = None
+    ended: Exception | None = None
+    values: list[float] = []
     try:
-        seed = trial_seed(sweep.seed, "trial", number)
-        choices = suggest(trial, sweep.search)
-        desk.listener.trial(number, sweep.budget.trials, choices)
-        run_id = _open_run(desk, trial, run_id, choices, seed)
-        hooks = _hooks(desk, trial)
-        config = sweep.run_config({**choices, "seed": seed})
-        manifest = desk.manifest(config.data)
-        log_configuration(tracker, run_id, config, manifest, choices)
-        work = desk.work / f"{number:04d}"
-        done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
-        _constrain(sweep, trial, done, tracker)
-        values = _values(sweep, done)
-        heart.confirm(number)
+        try:
+            seed = trial_seed(sweep.seed, "trial", number)
+            choices = suggest(trial, sweep.search)
+            desk.listener.trial(number, sweep.budget.trials, choices)
+            run_id = _open_run(desk, trial, run_id, choices, seed)
+            hooks = _hooks(desk, trial)
+            config = sweep.run_config({**choices, "seed": seed})
+            manifest = desk.manifest(config.data)
+            log_configuration(tracker, run_id, config, manifest, choices)
+            work = desk.work / f"{number:04d}"
+            done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
+            _constrain(sweep, trial, done, tracker)
+            values = _values(sweep, done)
+        except (*INTERRUPTING, SQLAlchemyError, StorageInternalError):
+            raise  # Of the search database itself nobody could be told.
+        except Exception as error:
+            # Whatever a library raises belongs to this trial; the next one may do better.
+            ended = error
+        desk.heart.confirm(number)
     except LeaseLostError:
-        # Not a word: whoever has it now tells how it ends.
-        return "LOST", None, "another worker goes on with it"
-    except Yielded:
-        leave(desk, trial, run_id)
-        return "INTERRUPTED", None, f"{heart.wanted}: it goes on from its last state"
+        raise
     except (KeyboardInterrupt, *INTERRUPTING):
         leave(desk, trial, run_id)
-        desk.listener.ended(number, "INTERRUPTED", None, "")
         raise
-    except PrunedTrial as pruned:
-        heart.confirm(number)
-        tracker.stop(run_id, "pruned", str(pruned))
+    if isinstance(ended, PrunedTrial):
+        tracker.stop(run_id, "pruned", str(ended))
         _tell(desk, trial, TrialState.PRUNED, "pruned")
-        return "PRUNED", None, str(pruned)
-    except CancelledTrial as cancelled:
-        heart.confirm(number)
-        tracker.stop(run_id, "cancelled", str(cancelled))
-        _tell(desk, trial, TrialState.FAIL, "cancelled", why=str(cancelled))
+        return "PRUNED", None, str(ended)
+    if isinstance(ended, CancelledTrial):
+        tracker.stop(run_id, "cancelled", str(ended))
+        _tell(desk, trial, TrialState.FAIL, "cancelled", why=str(ended))
         desk.store.ledger.control(desk.study.study_name, f"cancel:{number}", None)
-        return "CANCELLED", None, str(cancelled)
-    except (SQLAlchemyError, StorageInternalError):
-        raise  # The search database itself: nobody could be told.
-    except Exception as error:
-        # Whatever a library raises belongs to this trial; the next one may do better.
-        log.debug("trial %d failed", number, exc_info=True)
-        heart.confirm(number)
-        failure, why = failure_class(error), f"{type(error).__name__}: {one_line(error)}"
+        return "CANCELLED", None, str(ended)
+    if ended is not None or done is None:
+        problem = ended or CrismError("it ended without a result")
+        log.debug("trial %d failed", number, exc_info=problem)
+        failure, why = failure_class(problem), f"{type(problem).__name__}: {one_line(problem)}"
         if run_id:
             tracker.tags(run_id, {FAILURE: failure})
-            tracker.fail(run_id, error)
+            tracker.fail(run_id, problem)
         _tell(desk, trial, TrialState.FAIL, "failed", failure=failure, why=why)
         return "FAILED", None, why
     tracker.end(run_id, "FINISHED")
@@ -210,6 +243,9 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
     params = {**labels(trial.params, sweep.search), **choices, "seed": seed, "git_commit": git_commit() or "unknown"}
     name, once = f"{sweep.study}-{trial.number:03d}", ("crism.kind", "crism.study", "crism.trial_number")
     made = tracker.start(name, "trial", tags, params, desk.parent, once=once)
+    if attempts > 1:
+        # Made by an attempt that died before Optuna heard of it; somebody may have ended it since.
+        tracker.reopen(made)
     trial.set_user_attr(RUN_ID, made)
     return made
 
@@ -253,36 +289,73 @@ def _hooks(desk: Desk, trial: optuna.Trial) -> Hooks:
     return Hooks(step=step, report=report, phase=phase)
 
 
+@contextmanager
+def farewell(desk: Desk) -> Iterator[None]:
+    """Last words: they wait some seconds for a server that is away, no longer, and are not heard instead of what
+    ends the work. What they leave undone, the next attempt or `reconcile` puts right."""
+    tracker, patience = desk.tracker, desk.tracker.patience
+    tracker.patience = min(patience, FAREWELL_S)
+    try:
+        with desk.store.within(FAREWELL_S):
+            yield
+    except Exception as error:
+        log.warning("%s could not be told how the work ended: %s", desk.sweep.study, one_line(error))
+    finally:
+        tracker.patience = patience
+
+
 def leave(desk: Desk, trial: optuna.Trial | FrozenTrial, run_id: str) -> None:
-    """Leave a trial for whoever goes on with it: interrupted in MLflow, waiting in Optuna, held by nobody."""
+    """Leave a trial for whoever goes on with it: interrupted in MLflow, waiting in Optuna, held by nobody. Not a
+    word where it is another's by now."""
     if run_id:
-        try:
-            # Whoever asked to stop does not wait for a server that is away.
+        with farewell(desk):
+            desk.heart.beat()
+            if desk.heart.lost:
+                return
             desk.tracker.flush(within=FAREWELL_S)
             desk.tracker.stop(run_id, INTERRUPTED)
-        except TrackingError as error:
-            # The search must not wait for that: the next attempt opens the run again, or `reconcile` ends it.
-            log.warning("MLflow does not hear that trial %d was interrupted: %s", trial.number, error)
-    storage = desk.study._storage
-    storage.set_trial_user_attr(trial._trial_id, STATE, INTERRUPTED)
-    end_attempt(storage, storage.get_trial(trial._trial_id), INTERRUPTED, desk.heart.now())
-    storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-    desk.store.ledger.free(desk.heart.me.worker)
+    with farewell(desk):
+        desk.store.ledger.give_back(desk.study.study_name, desk.heart.me.worker, trial.number)
+
+
+def settle(desk: Desk, trial: FrozenTrial) -> bool:
+    """Tell Optuna what MLflow knows already, where a trial's worker died before Optuna heard how it ended."""
+    run_id = trial.user_attrs.get(RUN_ID, "")
+    run = desk.tracker.run(run_id) if run_id else None
+    if run is None or (ended := ended_as(run)) is None:
+        return False
+    if ended == "finished":
+        _tell(desk, trial, TrialState.COMPLETE, ended, ended_values(run, desk.sweep.objective.metrics))
+    elif ended == "pruned":
+        _tell(desk, trial, TrialState.PRUNED, ended)
+    else:
+        _tell(desk, trial, TrialState.FAIL, ended, why=run.tags.get(WHY, ""), failure=run.tags.get(FAILURE, ""))
+    if ended != "failed":
+        shutil.rmtree(desk.work / f"{trial.number:04d}", ignore_errors=True)
+    value = run.metrics["objective"] if ended == "finished" else None
+    desk.listener.ended(trial.number, ended.upper(), value, "its worker died after it had ended")
+    return True
 
 
 def _tell(
-    desk: Desk, trial: optuna.Trial, state: TrialState, how: str, values: Sequence[float] | None = None,
-    **attributes: str,
+    desk: Desk, trial: optuna.Trial | FrozenTrial, state: TrialState, how: str,
+    values: Sequence[float] | None = None, **attributes: str,
 ) -> None:  # fmt: skip
-    """Tell Optuna how a trial ended, and let go of it."""
+    """Tell Optuna how a trial ended, and let go of it. Raises LeaseLostError where it is another's by now."""
+    desk.heart.confirm(trial.number)
     storage = desk.study._storage
     if state == TrialState.FAIL:  # Of the others Optuna's own state tells.
         attributes["state"] = how
-    for key, value in attributes.items():
-        if value:
-            storage.set_trial_user_attr(trial._trial_id, f"crism.{key}", value)
-    end_attempt(storage, storage.get_trial(trial._trial_id), how, desk.heart.now())
-    desk.study.tell(trial, values, state)
+    try:
+        for key, value in attributes.items():
+            if value:
+                storage.set_trial_user_attr(trial._trial_id, f"crism.{key}", value)
+        end_attempt(storage, storage.get_trial(trial._trial_id), how, desk.heart.now())
+        desk.study.tell(trial.number, values, state, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        # Told twice, as the first answer was lost.
+        if storage.get_trial(trial._trial_id).state != state:
+            raise
     desk.store.ledger.free(desk.heart.me.worker)
 
 
@@ -300,18 +373,6 @@ def ended_as(run: RunInfo) -> str | None:
 def ended_values(run: RunInfo, metrics: Sequence[str]) -> list[float]:
     """The values of a run's objective, of several their figures on all validation scenes."""
     return [run.metrics["objective"], *(run.metrics[metric] for metric in metrics[1:])]
-
-
-def tell_as(desk: Desk, trial: optuna.Trial, run: RunInfo, ended: str) -> None:
-    """Tell Optuna what MLflow knows already."""
-    if ended == "finished":
-        _tell(desk, trial, TrialState.COMPLETE, ended, ended_values(run, desk.sweep.objective.metrics))
-    elif ended == "pruned":
-        _tell(desk, trial, TrialState.PRUNED, ended)
-    else:
-        _tell(desk, trial, TrialState.FAIL, ended, why=run.tags.get(WHY, ""), failure=run.tags.get(FAILURE, ""))
-    value = run.metrics["objective"] if ended == "finished" else None
-    desk.listener.ended(trial.number, ended.upper(), value, "its worker died after it had ended")
 
 
 def failure_class(error: BaseException) -> str:
