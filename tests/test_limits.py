@@ -16,8 +16,9 @@ HOUR = 3600.0
 
 
 def trial(
-    number: int, value: float | None = None, state: TrialState | None = None, span: tuple[float, float | None] | None = None,
-    gpus: float = 0.0, excess: float | None = None, **attributes: Any,
+    number: int, value: float | None = None, state: TrialState | None = None,
+    span: tuple[float, float | None] | None = None, gpus: float = 0.0, excess: float | None = None, how: str = "",
+    **attributes: Any,
 ) -> FrozenTrial:  # fmt: skip
     """A trial with one attempt from so many hours until so many."""
     attributes = {f"crism.{key}": what for key, what in attributes.items()}
@@ -25,7 +26,10 @@ def trial(
         began, ended = span
         attempt = {"began": began * HOUR, "ended": None if ended is None else ended * HOUR, "gpus": gpus}
         attributes[ATTEMPTS] = [attempt]
-    state = state or (TrialState.FAIL if value is None else TrialState.COMPLETE)
+    if how:
+        attributes[STATE] = how
+    if state is None:
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
     made = create_trial(state=state, value=value, user_attrs=attributes)
     made.number = number
     if excess is not None:
@@ -90,7 +94,7 @@ def test_failing() -> None:
     assert failing(sweep, failed[:3] + good[:3], 0.0) is None, "half of them is not more than half"
     assert failing(sweep, failed[:3] + good[:2], 0.0) is not None
     assert failing(sweep, failed, 2.5 * HOUR) is None, "what failed before this call says nothing of it"
-    cancelled = [trial(9 + n, state=TrialState.FAIL, span=(0, 9), **{"state": "cancelled"}) for n in range(3)]
+    cancelled = [trial(9 + n, state=TrialState.FAIL, span=(0, 9), how="cancelled") for n in range(3)]
     assert failing(sweep, cancelled, 0.0) is None
     assert cancelled[0].user_attrs[STATE] == "cancelled"
 

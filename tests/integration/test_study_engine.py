@@ -320,7 +320,7 @@ def test_eight_workers_on_one_file(on_files: Bench, capsys: pytest.CaptureFixtur
     with working(sweep, scenes, tracker, on_files.store, Listener(say=said.append)) as desk, closing(desk):
         prepare(desk)
         ready = time.monotonic()
-        run_workers(Assignment("eight", on_files.storage, on_files.uri, run=one_second), 8, listeners)
+        run_workers(Assignment("eight", on_files.storage, on_files.uri, run=one_second), listeners)
     with capsys.disabled():
         print(f"[floors {ready - began:.1f} s, trials {time.monotonic() - ready:.1f} s]", end=" ", flush=True)
     assert said == []
