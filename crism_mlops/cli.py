@@ -19,7 +19,8 @@ from crism_mlops.cli_data import data_app
 from crism_mlops.cli_doctor import doctor
 from crism_mlops.cli_schema import schema
 from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
-from crism_mlops.cli_study import cancel, pause, proxy, reconcile, resume, status, stop, sweep, worker
+from crism_mlops.cli_status import status
+from crism_mlops.cli_study import cancel, pause, proxy, reconcile, resume, stop, sweep, worker
 from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
 from crism_mlops.terminal import AsJson, TrackingUri, print_json

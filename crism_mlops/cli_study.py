@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
 
 import typer
 
-from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
+from crism_mlops.terminal import AsJson, Progress, Storage, TrackingUri, print_json
 
 if TYPE_CHECKING:
     from crism_mlops.cluster import Where
@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from crism_mlops.tracking import Tracker
     from crism_mlops.watch import Watch
 
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        help="the search database: sqlite:///FILE, postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or "
-        "grpc://HOST:PORT; default CRISM_MLOPS_STORAGE or sqlite:///mlruns/optuna.db",
-        show_default=False,
-        envvar="CRISM_MLOPS_STORAGE",
-        show_envvar=False,
-    ),
-]
 Study = Annotated[str, typer.Argument(help="a study's name")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override any key")]
 
@@ -171,118 +160,6 @@ def worker(
     view.say(f"{study}: nothing left to do")
 
 
-def status(
-    study: Annotated[str | None, typer.Argument(help="a study; without it, all of the experiment")] = None,
-    experiment: Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")] = "",
-    watch: Annotated[bool, typer.Option("--watch", help="show it live until Ctrl-C")] = False,
-    tracking_uri: TrackingUri = None,
-    storage: Storage = None,
-    as_json: AsJson = False,
-) -> None:
-    """Trials, states, scores and floors of a study; who works on it, and how long it will take.
-
-    Example: crism-mlops status quickstart-ip2p --experiment crism-quickstart
-    """
-    from crism_mlops.errors import StudyError
-    from crism_mlops.reports.tables import against_floors, headline, status_tables, study_names, study_status
-    from crism_mlops.tracking import Tracker
-
-    if watch:
-        _watch(study, storage)
-        return
-    tracker = Tracker(tracking_uri, experiment or _experiment_of(study, storage), create=False)
-    names = study_names(tracker)
-    if not names:
-        raise StudyError(
-            f"no study in experiment {tracker.experiment!r} yet; run a sweep, or name another with --experiment"
-        )
-    if study is not None and study not in names:
-        raise StudyError(f"no study {study!r} in experiment {tracker.experiment!r}; it holds {', '.join(names)}")
-    found = _search_status(study, storage)
-    # The others as well: a U-Net of the same experiment is what an InstructPix2Pix is held against.
-    every = [{**study_status(tracker, name), "search": found.get(name)} for name in names]
-    statuses = [one for one in every if study in (None, one["study"])]
-    if as_json:
-        print_json(statuses[0] if study else {"experiment": tracker.experiment, "studies": statuses})
-        return
-    out = console()
-    for table in status_tables(statuses):
-        out.print(table)
-    for one in statuses:
-        out.print(headline(one), highlight=False, soft_wrap=True)
-        for line in [*_search_lines(one["search"]), *against_floors(one, every)]:
-            out.print(f"  {line}", highlight=False, soft_wrap=True)
-    where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
-    out.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
-
-
-def _experiment_of(study: str | None, storage: str | None) -> str:
-    """The experiment that a study names in the search database; crism where it does not."""
-    from crism_mlops.errors import StudyError
-    from crism_mlops.studies.storage import load_study, open_store
-
-    if study is not None:
-        try:
-            return str(load_study(open_store(storage, 0.0, create=False), study).user_attrs["crism.experiment"])
-        except (StudyError, KeyError):
-            pass  # MLflow alone tells as well, if the experiment is the default one.
-    return "crism"
-
-
-def _search_status(study: str | None, storage: str | None) -> dict[str, dict[str, Any]]:
-    """What the search database knows of its studies; nothing where it cannot be had, as MLflow knows the rest."""
-    from crism_mlops.errors import StudyError
-    from crism_mlops.studies.overview import search_status
-    from crism_mlops.studies.storage import open_store
-
-    try:
-        return search_status(open_store(storage, 0.0, create=False), study)
-    except StudyError as error:
-        if storage is not None:
-            raise
-        typer.echo(f"note: {error}; states and scores below are MLflow's", err=True)
-        return {}
-
-
-def _search_lines(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    from crism_mlops.reports.snapshot import words_of
-
-    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items())
-    pace = "" if found["trials_per_hour"] is None else f"; {found['trials_per_hour']:.1f} trials an hour"
-    left = "" if found["seconds_left"] is None else f", about {words_of(found['seconds_left'])} left"
-    lines = [f"search: {counts or 'no trials yet'} of {found['total']}{pace}{left}"]
-    if found["failures"]:
-        lines.append("failed: " + ", ".join(f"{number} {name}" for name, number in found["failures"].items()))
-    if found["wanted"]:
-        lines.append(f"{found['wanted']} was asked for; crism-mlops resume {found['study']} takes it back")
-    for row in found["workers"]:
-        at = f"trial {row['trial']}, {row['phase']}" if row["trial"] is not None else row["phase"]
-        lines.append(f"worker {row['worker']} on {row['host']}: {at} (heard of {row['age']:.0f} s ago)")
-    return lines or ["no worker lives"]
-
-
-def _watch(study: str | None, storage: str | None) -> None:
-    import time
-
-    from crism_mlops.errors import StudyError
-    from crism_mlops.reports.live import LiveView
-    from crism_mlops.studies.overview import overview, stored_sweep
-    from crism_mlops.studies.storage import load_study, open_store
-
-    if study is None:
-        raise StudyError("name the study to watch: crism-mlops status STUDY --watch")
-    view = LiveView(every=5.0)
-    store = open_store(storage, say=view.say, create=False)
-    found = load_study(store, study)
-    config, began = stored_sweep(found), time.monotonic()
-    with view:
-        while True:
-            view.update(overview(store, found, config, began))
-            time.sleep(1.0)
-
-
 def _control(value: str | None, done: str) -> Callable[..., None]:
     def command(study: str, storage: str | None) -> None:
         from crism_mlops.studies.storage import load_study, open_store, storage_errors
@@ -335,15 +212,18 @@ def cancel(
     Example: crism-mlops cancel ip2p 7
     """
     from crism_mlops.errors import StudyError
+    from crism_mlops.studies.reconcile import tell_cancelled
     from crism_mlops.studies.storage import load_study, open_store, storage_errors
 
     store = open_store(storage, 0.0, create=False)
-    load_study(store, study)
+    found = load_study(store, study)
     with storage_errors(store):
         how = store.ledger.cancel(study, trial)
     if how == "ended":
         raise StudyError(f"trial {trial} of {study!r} has ended already; only a running or waiting one can be given up")
     words = {"asked": "its worker gives it up within seconds", "cancelled": "given up; nobody was running it"}
+    if how == "cancelled" and (problem := tell_cancelled(found, trial)) is not None:
+        typer.echo(f"note: {problem}; crism-mlops reconcile {study} tells MLflow later", err=True)
     typer.echo(f"{study}: trial {trial}: {words[how]}")
 
 

@@ -23,6 +23,17 @@ TrackingUri = Annotated[
         show_default=False,
     ),
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="the search database: sqlite:///FILE, postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or "
+        "grpc://HOST:PORT; default CRISM_MLOPS_STORAGE or sqlite:///mlruns/optuna.db",
+        show_default=False,
+        envvar="CRISM_MLOPS_STORAGE",
+        show_envvar=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output, logs on standard error")]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.storages import BaseStorage
 
-from crism_mlops.errors import StudyError
+from crism_mlops.errors import StudyError, one_line
 
 if TYPE_CHECKING:
     import grpc
@@ -77,7 +77,7 @@ def serve(storage: BaseStorage, ledger: Ledger | RemoteLedger, host: str, port: 
     from optuna.storages._grpc import servicer
     from optuna.storages._grpc.auto_generated import api_pb2_grpc
 
-    server = grpc.server(ThreadPoolExecutor(threads))
+    server = grpc.server(ThreadPoolExecutor(threads), interceptors=[_interceptor()])
     api_pb2_grpc.add_StorageServiceServicer_to_server(servicer.OptunaStorageProxyService(storage), server)
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(_handler(getattr(ledger, name)), json.loads, _pack)
@@ -90,6 +90,34 @@ def serve(storage: BaseStorage, ledger: Ledger | RemoteLedger, host: str, port: 
         raise StudyError(f"cannot listen on {host}:{port}; try another --port") from error
     server.start()
     return server
+
+
+def _interceptor() -> grpc.ServerInterceptor:
+    """A database that is away behind the proxy is told as such, for the client to wait; any other error is no reason
+    to try again."""
+    import grpc
+
+    from crism_mlops.studies.storage import is_away
+
+    class Away(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+        def intercept_service(self, continuation: Any, details: Any) -> Any:
+            handler = continuation(details)
+            if handler is None or handler.unary_unary is None:
+                return handler
+
+            def call(request: Any, context: grpc.ServicerContext) -> Any:
+                try:
+                    return handler.unary_unary(request, context)
+                except Exception as error:
+                    if is_away(error):
+                        context.abort(grpc.StatusCode.UNAVAILABLE, one_line(error))
+                    raise
+
+            return grpc.unary_unary_rpc_method_handler(
+                call, handler.request_deserializer, handler.response_serializer
+            )  # fmt: skip
+
+    return Away()
 
 
 def _handler(method: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -114,5 +142,4 @@ def unreachable(error: BaseException) -> bool:
         return False
     return isinstance(error, grpc.RpcError) and error.code() in (
         grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.UNKNOWN,
     )  # fmt: skip

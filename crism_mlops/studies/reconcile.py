@@ -12,8 +12,10 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from crism_mlops.errors import TrackingError
 from crism_mlops.studies.ledger import PREPARING, STATE
 from crism_mlops.studies.storage import SearchStore
+from crism_mlops.studies.study import TRACKING
 from crism_mlops.studies.trial import FAILURE, INTERRUPTED, RUN_ID, WHY, ended_as, ended_values
 from crism_mlops.tracking import RunInfo, Tracker
 
@@ -175,3 +177,16 @@ def _end(tracker: Tracker, run: RunInfo, state: str) -> Callable[[], None]:
             tracker.stop(run.run_id, state)
 
     return repair
+
+
+def tell_cancelled(study: optuna.Study, number: int) -> TrackingError | None:
+    """Tell MLflow of a trial that was given up while nobody ran it; the error where it cannot be told now."""
+    run_id = study.get_trials(deepcopy=False)[number].user_attrs.get(RUN_ID)
+    if run_id is None:
+        return None
+    try:
+        tracker = Tracker(study.user_attrs[TRACKING], study.user_attrs["crism.experiment"], create=False)
+        tracker.stop(run_id, "cancelled", "given up by crism-mlops cancel")
+    except TrackingError as error:
+        return error
+    return None

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -31,7 +32,18 @@ from crism_mlops.studies.run import run_trial
 from crism_mlops.studies.samplers import make_pruner, make_sampler, trial_seed
 from crism_mlops.studies.search_space import grid, input_variants
 from crism_mlops.studies.storage import SearchStore, open_store, storage_errors
-from crism_mlops.studies.trial import INTERRUPTED, RUN_ID, Desk, Listener, RunTrial, farewell, leave, settle, take_up
+from crism_mlops.studies.trial import (
+    INTERRUPTED,
+    RUN_ID,
+    TOKEN,
+    Desk,
+    Listener,
+    RunTrial,
+    farewell,
+    leave,
+    settle,
+    take_up,
+)
 from crism_mlops.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -294,6 +306,7 @@ def open_study(sweep: SweepConfig, base: Manifest, store: SearchStore, tracker: 
         study.set_user_attr(TRACKING, tracker.public_uri)
     if stored is None:
         # The identity comes last: what is compared above is whole, or not there.
+        study.set_user_attr(TOKEN, uuid4().hex)
         study.set_user_attr("crism.metrics", list(sweep.objective.metrics))
         study.set_user_attr("crism.experiment", sweep.experiment)
         study.set_user_attr("crism.identity", identity)

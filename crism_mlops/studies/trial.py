@@ -59,6 +59,7 @@ from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, git_co
 log = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
 RUN_ID = "crism.run_id"
+TOKEN = "crism.token"  # on the study: tells it from one that had its name before
 FAILURE = "crism.failure"
 WHY = "crism.why"
 FAREWELL_S = 5.0
@@ -234,6 +235,8 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
         return run_id
     tags = {
         "crism.study": sweep.study,
+        # Of the study in the search database, not of its name: another one may have had that before.
+        "crism.study_token": str(desk.study.user_attrs.get(TOKEN, sweep.study)),
         "crism.trial_number": str(trial.number),
         "crism.model": sweep.model.kind,
         "crism.attempts": str(attempts),
@@ -241,7 +244,7 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
     if REPEAT in trial.user_attrs:
         tags[REPEAT_OF] = str(trial.user_attrs[REPEAT])
     params = {**labels(trial.params, sweep.search), **choices, "seed": seed, "git_commit": git_commit() or "unknown"}
-    name, once = f"{sweep.study}-{trial.number:03d}", ("crism.kind", "crism.study", "crism.trial_number")
+    name, once = f"{sweep.study}-{trial.number:03d}", ("crism.kind", "crism.study_token", "crism.trial_number")
     made = tracker.start(name, "trial", tags, params, desk.parent, once=once)
     if attempts > 1:
         # Made by an attempt that died before Optuna heard of it; somebody may have ended it since.
