@@ -38,6 +38,7 @@ from crism_mlops.models.pipeline import BandsInstructPix2PixPipeline
 from crism_mlops.models.sampling import sampling_scheduler
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.input_vae import input_vaes_seen, scenes_seen
+from crism_mlops.studies.storage import open_store
 from crism_mlops.studies.study import input_manifests, open_study, run_study
 from crism_mlops.studies.train_vae import VaeHooks, VaeSettings, check_out, load_vae_sweep, train_vae, vae_settings
 from crism_mlops.training import train
@@ -74,7 +75,7 @@ def content_of(pretrained: Path, **changes: Any) -> dict[str, Any]:
     content: dict[str, Any] = {
         "study": "four",
         "experiment": "crism-test",
-        "trials": 1,
+        "budget": {"trials": 1},
         "device": "cpu",
         "data": {"source": "simulated", "resolution": SIDE, "views": ["whole", "vflip"]},
         "split": {"validation": 0.2, "test": 0.4},
@@ -476,7 +477,7 @@ def test_it_trains_and_comes_back_with_the_same_bits_and_diffusers_predicts_the_
 
 def searched(pretrained: Path, vae: Path, **changes: Any) -> SweepConfig:
     """A sweep over three and four bands."""
-    changes = {"search": {"data.variant": {"choice": ["pnr", "cassis4"]}}, "trials": 2, **changes}
+    changes = {"search": {"data.variant": {"choice": ["pnr", "cassis4"]}}, "budget": {"trials": 2}, **changes}
     return sweep_of(pretrained, model={"input_vae": str(vae)}, **changes)
 
 
@@ -485,7 +486,7 @@ def test_a_study_over_three_and_four_bands(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # Floors know nothing of autoencoders, and take longer than the trials.
-    monkeypatch.setattr("crism_mlops.studies.study._log_all_floors", lambda call: None)
+    monkeypatch.setattr("crism_mlops.studies.study._log_all_floors", lambda *_: None)
     tracker = new_tracker(tmp_path)
     sweep = searched(pretrained, trained[0], data={"views": ["whole"]}, seed=3)  # It draws one, then the other.
     summary = run_study(sweep, simulated_scenes, tracker, optuna_store(tmp_path), work_root=tmp_path / "work")
@@ -562,16 +563,17 @@ def test_a_folder_that_is_not_there_ends_a_study_before_the_audit(
 def test_another_autoencoder_in_the_same_folder_is_another_study(
     copied: Path, pretrained: Path, simulated_scenes: list[Scene], tmp_path: Path
 ) -> None:
-    sweep, storage = searched(pretrained, copied), optuna_store(tmp_path)
+    sweep, store = searched(pretrained, copied), open_store(optuna_store(tmp_path))
+    tracker = new_tracker(tmp_path)
     manifest = build_manifest(simulated_scenes, sweep.data, sweep.split)
-    open_study(sweep, manifest, storage)
-    open_study(sweep, manifest, storage)
+    open_study(sweep, manifest, store, tracker)
+    open_study(sweep, manifest, store, tracker)
     vae = AutoencoderKL.from_pretrained(str(copied))
     with torch.no_grad():
         next(vae.parameters()).add_(1e-3)
     vae.save_pretrained(copied)
     with pytest.raises(StudyError, match=r"weights of model\.input_vae \(digest\)"):
-        open_study(sweep, manifest, storage)
+        open_study(sweep, manifest, store, tracker)
 
 
 def test_a_study_of_three_bands_has_the_identity_that_it_had(
@@ -579,7 +581,7 @@ def test_a_study_of_three_bands_has_the_identity_that_it_had(
 ) -> None:
     sweep = sweep_of(pretrained, model={"input_vae": str(tmp_path / "absent")})
     manifest = build_manifest(simulated_scenes, sweep.data, sweep.split)
-    study = open_study(sweep, manifest, optuna_store(tmp_path))
+    study = open_study(sweep, manifest, open_store(optuna_store(tmp_path)), new_tracker(tmp_path))
     assert "input_vae_digest" not in study.user_attrs["crism.identity"]
     assert len(input_manifests(sweep, simulated_scenes, manifest)) == 1
 
