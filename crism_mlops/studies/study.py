@@ -113,8 +113,9 @@ def working(
         require_clean(found, sweep.audit)
     with storage_errors(store):
         study = open_study(sweep, base, store, tracker)
-        every = 2.0 if store.one_machine else 10.0
         lease = sweep.engine.lease_seconds
+        # Commands from elsewhere are heard with a beat; of many machines each costs the database something.
+        every = 2.0 if store.one_machine else lease / 6.0
         heart = Heart(store.ledger, sweep.study, here(), lease, every, gpus(sweep.device), group, listener.doing)
         with heart:
             with _alone(heart, store, listener):
