@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import sqlalchemy as sa
 from bench import SCENES, Bench, Trials, new_bench, value_of
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 from trackers import small_sweep
 
 from crism_mlops.config import RunConfig, SweepConfig
@@ -26,6 +29,7 @@ from crism_mlops.errors import (
     NonFiniteError,
     ProductError,
     SceneError,
+    StudyError,
     TrainingError,
     TrialTimeoutError,
 )
@@ -418,3 +422,33 @@ def test_two_calls_at_once(bench: Bench) -> None:
     assert bench.parent().status == "FINISHED"
     workers = {t.user_attrs["crism.attempts"][0]["worker"] for t in bench.study().trials}
     assert len(workers) == 2
+
+
+class Refused(grpc.RpcError):  # type: ignore[misc]
+    """What a proxy says of a database that has no room."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNKNOWN
+
+    def details(self) -> str:
+        return "Exception calling application: disk is full"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Refused(), "UNKNOWN: Exception calling application: disk is full"),
+        (OperationalError("INSERT", {}, sqlite3.OperationalError("disk is full")), "disk is full"),
+    ],
+)
+def test_a_search_database_that_fails_is_not_the_trial_s_fault(bench: Bench, error: Exception, words: str) -> None:
+    def run(*args: Any, **options: Any) -> TrackedRun:
+        raise error
+
+    bench.run_trial = run
+    with pytest.raises(StudyError, match=rf"^study storage: .*{words}.*; the same command goes on from here$"):
+        bench.run(small_sweep(trials=1))
+    assert bench.states() == [TrialState.WAITING]
+    assert [r.tags["crism.stopped"] for r in bench.runs()] == ["interrupted"]
+    bench.run_trial = bench.trials
+    assert bench.run(small_sweep(trials=1)).complete == 1

@@ -27,11 +27,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="crism-stores-")
 def _mlflow_template() -> Path:
     path = Path(_FOLDER.name) / "mlflow" / "mlflow.db"
     Tracker(f"sqlite:///{path}", "anything")
-    connection = sqlite3.connect(path)
-    # Into the file that is copied, what stands in its write-ahead log.
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    connection.close()
-    return path
+    return _whole(path)
 
 
 @cache
@@ -40,6 +36,14 @@ def _optuna_template() -> Path:
 
     path = Path(_FOLDER.name) / "optuna.db"
     open_store(f"sqlite:///{path}")
+    return _whole(path)
+
+
+def _whole(path: Path) -> Path:
+    """Into the file that is copied, what stands in its write-ahead log."""
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
     return path
 
 

@@ -134,6 +134,22 @@ def _pack(content: Any) -> bytes:
     return json.dumps(content).encode()
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What is raised where a proxy, or the database behind it, did not do what was asked."""
+    try:
+        import grpc
+    except ImportError:
+        return ()
+    return (grpc.RpcError,)
+
+
+def told(error: BaseException) -> str | None:
+    """What a proxy says of an error, in its words; None where it is not a proxy's."""
+    if not isinstance(error, refusals()):
+        return None
+    return f"{error.code().name}: {error.details()}"  # type: ignore[attr-defined]
+
+
 def unreachable(error: BaseException) -> bool:
     """Whether a proxy did not answer."""
     try:

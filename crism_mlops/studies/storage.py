@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from crism_mlops.errors import StudyError, one_line
 from crism_mlops.studies.ledger import Ledger, database_lock, sqlite_file
-from crism_mlops.studies.proxy import RemoteLedger, remote_storage, unreachable
+from crism_mlops.studies.proxy import RemoteLedger, refusals, remote_storage, told, unreachable
 from crism_mlops.tracking import DEFAULT_ROOT, shown
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Patience:
                     raise
                 if self.away_since is None:
                     self.away_since = time.monotonic()
-                    self.say(f"study storage {self.name} does not answer ({one_line(_cause(error))}); waiting for it")
+                    self.say(f"study storage {self.name} does not answer ({_words(error)}); waiting for it")
                 time.sleep(min(wait, max(0.0, self.seconds - (time.monotonic() - begun))))
                 wait = min(2.0 * wait, LONGEST_WAIT_S)
                 continue
@@ -223,13 +223,24 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _words(error: BaseException) -> str:
+    cause = _cause(error)
+    words = told(cause)
+    return one_line(cause if words is None else StudyError(words))
+
+
+def database_errors() -> tuple[type[Exception], ...]:
+    """What a search database raises, itself or through a proxy."""
+    return (optuna.exceptions.StorageInternalError, SQLAlchemyError, *refusals())
+
+
 @contextmanager
 def storage_errors(store: SearchStore | None = None) -> Iterator[None]:
     """What a search database refuses, as a StudyError of one line."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-        text = one_line(_cause(error))
+    except database_errors() as error:
+        text = _words(error)
         raise StudyError(
             f"study storage: {text if store is None else shown(store.url, text)}; the same command goes on from here"
         ) from error

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from crism_mlops.buffered import BufferedTracker
 from crism_mlops.config import DataConfig, SweepConfig
@@ -53,7 +52,7 @@ from crism_mlops.studies.ledger import ATTEMPTS, REPEAT, end_attempt
 from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
 from crism_mlops.studies.samplers import trial_seed
 from crism_mlops.studies.search_space import labels, suggest
-from crism_mlops.studies.storage import SearchStore, storage_errors
+from crism_mlops.studies.storage import SearchStore, database_errors, storage_errors
 from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, git_commit
 
 log = logging.getLogger(__name__)
@@ -191,15 +190,17 @@ def _run(desk: Desk, trial: optuna.Trial, run_id: str) -> tuple[str, float | Non
             done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
             _constrain(sweep, trial, done, tracker)
             values = _values(sweep, done)
-        except (*INTERRUPTING, SQLAlchemyError, StorageInternalError):
-            raise  # Of the search database itself nobody could be told.
+        except INTERRUPTING:
+            raise
+        except database_errors():
+            raise  # The trial is no worse for it: it waits.
         except Exception as error:
             # Whatever a library raises belongs to this trial; the next one may do better.
             ended = error
         desk.heart.confirm(number)
     except LeaseLostError:
         raise
-    except (KeyboardInterrupt, *INTERRUPTING):
+    except BaseException:
         leave(desk, trial, run_id)
         raise
     if isinstance(ended, PrunedTrial):
