@@ -452,3 +452,50 @@ def test_a_search_database_that_fails_is_not_the_trial_s_fault(bench: Bench, err
     assert [r.tags["crism.stopped"] for r in bench.runs()] == ["interrupted"]
     bench.run_trial = bench.trials
     assert bench.run(small_sweep(trials=1)).complete == 1
+
+
+def test_an_orphan_while_the_study_is_paused(bench: Bench, others: SearchStore) -> None:
+    """Its worker died, and nobody may run it: it waits, and both trackers say so."""
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(small_sweep(trials=1), "interrupt")
+    others.ledger.join("small", "b", "far/boot/ns", "1:1", 60.0)
+    assert others.ledger.claim("small", "b", 1)["what"] == "waiting"
+    (run,) = bench.runs()
+    bench.tracker.reopen(run.run_id)
+    others.ledger.leave("b")
+    others.ledger.control("small", "run", "pause")
+    call = Call(bench, small_sweep(trials=1))
+    until(lambda: call.idle)
+    trial = bench.study().trials[0]
+    assert (trial.state, trial.user_attrs["crism.state"]) == (TrialState.WAITING, "interrupted")
+    left = bench.tracker.run(run.run_id)
+    assert (left.status, left.tags["crism.stopped"]) == ("KILLED", "interrupted")
+    others.ledger.control("small", "run", None)
+    assert call.summary().complete == 1
+    assert bench.tracker.run(run.run_id).status == "FINISHED"
+    hows = [attempt["how"] for attempt in bench.study().trials[0].user_attrs["crism.attempts"]]
+    assert hows == ["interrupted", "lost", "interrupted", "finished"]
+
+
+def test_a_cancellation_that_is_heard_after_a_pause(bench: Bench, others: SearchStore) -> None:
+    steps = Steps()
+    bench.run_trial = steps
+    call = Call(bench, small_sweep(trials=1))
+    until(steps.stepping.is_set)
+    others.ledger.control("small", "run", "pause now")
+    until(lambda: call.idle)
+    assert others.ledger.cancel("small", 0) == "cancelled"
+    steps.end.set()
+    others.ledger.control("small", "run", None)
+    summary = call.summary()
+    assert (summary.complete, summary.cancelled) == (1, 1)
+    assert [t.number for t in bench.study().trials if t.state == TrialState.COMPLETE] == [1]
+
+
+def test_repetitions_of_two_calls_at_once(bench: Bench) -> None:
+    sweep = small_sweep(trials=2, repeat={"best": 1, "seeds": 3})
+    calls = [Call(bench, sweep) for _ in range(2)]
+    assert [(s.complete, s.repeats) for s in (call.summary() for call in calls)] == [(2, 2)] * 2
+    assert len(bench.study().trials) == 4
+    metrics = [r.metrics for r in bench.runs() if "seeds/mean" in r.metrics]
+    assert [m["seeds/count"] for m in metrics] == [3.0]
