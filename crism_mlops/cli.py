@@ -23,6 +23,7 @@ from crism_mlops.cli_status import status
 from crism_mlops.cli_study import cancel, pause, proxy, reconcile, resume, stop, sweep, worker
 from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
+from crism_mlops.quiet import quiet_libraries
 from crism_mlops.terminal import AsJson, TrackingUri, print_json
 
 app = typer.Typer(
@@ -61,15 +62,7 @@ def setup(
     )
     logging.captureWarnings(True)
     if not debug:
-        # Progress bars and advice of libraries: nothing that a user of this tool could act on.
-        for name in ("diffusers", "transformers", "huggingface_hub", "py.warnings", "accelerate", "alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        for key in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
-            os.environ.setdefault(key, "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        # These two set their own loggers up when they are imported.
-        for key in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-            os.environ.setdefault(key, "error")
+        quiet_libraries()
 
 
 for _command in (sweep, status, worker, pause, resume, stop, cancel, reconcile, proxy):

@@ -13,7 +13,7 @@ import crism_mlops
 ROOT = Path(crism_mlops.__file__).parent
 STAGES = {
     "errors": 0, "config": 0, "config_run": 0, "config_search": 0, "config_study": 0, "config_text": 0,
-    "cluster": 0, "interrupts": 0,
+    "cluster": 0, "interrupts": 0, "quiet": 0,
     "products": 1, "scenes": 2, "dataset": 3, "models": 4, "training": 5, "evaluation": 6, "tracking": 7,
     "tracking_store": 7, "outbox": 7, "buffered": 7,
     "studies": 8, "reports": 9, "registry": 10, "terminal": 11, "cli_data": 11, "cli_doctor": 11,

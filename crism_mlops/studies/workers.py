@@ -24,6 +24,7 @@ from crism_mlops.cluster import Where, run, slots, without_main
 from crism_mlops.config import SweepConfig, override_sweep
 from crism_mlops.errors import ClusterError, CrismError, StudyError, one_line
 from crism_mlops.interrupts import holding_interrupts
+from crism_mlops.quiet import quiet_libraries
 from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.run import Hooks, run_trial
@@ -234,6 +235,7 @@ def _child(assignment: Assignment, pipe: Connection, mine: Share) -> None:
     _end_with_parent()
     listener = _talking(pipe)
     logging.basicConfig(level=logging.WARNING, handlers=[_Through(listener)], force=True)
+    quiet_libraries()
     try:
         join_study(assignment, listener)
     except KeyboardInterrupt:
