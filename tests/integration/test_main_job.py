@@ -81,7 +81,9 @@ class Workspace:
             "HF_HUB_OFFLINE": "1",
             "MPLBACKEND": "Agg",
         }
-        self.environment.pop("MLFLOW_TRACKING_URI", None)
+        # MLflow sets these in its own process when a client is made: no business of another one's.
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            self.environment.pop(name, None)
 
     @contextmanager
     def started(self, *words: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
