@@ -138,7 +138,8 @@ def plain(url: str, name: str, trials: int, barrier: Any) -> dict[str, Any]:
 def ours(url: str, name: str, trials: int, barrier: Any) -> dict[str, Any]:
     """What the engine does of the search for each trial, in its order; see studies/study.py and trial.py."""
     from crism_mlops.studies.heart import Heart
-    from crism_mlops.studies.ledger import end_attempt, here
+    from crism_mlops.studies.ledger import end_attempt
+    from crism_mlops.studies.processes import here
     from crism_mlops.studies.storage import load_study, open_store
 
     store = open_store(url, 60.0)

@@ -19,7 +19,8 @@ from crism_mlops.errors import TrackingError, UnwrittenError
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies import study as study_module
 from crism_mlops.studies.run import Hooks, TrackedRun
-from crism_mlops.studies.study import Summary, run_study
+from crism_mlops.studies.study import run_study
+from crism_mlops.studies.summary import Summary
 from crism_mlops.studies.trial import Listener
 from crism_mlops.tracking import RunInfo, Tracker
 

@@ -18,7 +18,7 @@ from trackers import optuna_store
 from crism_mlops.errors import LeaseLostError
 from crism_mlops.studies import heart as heart_module
 from crism_mlops.studies.heart import Heart, Yielded
-from crism_mlops.studies.ledger import Me
+from crism_mlops.studies.processes import Me
 from crism_mlops.studies.storage import SearchStore, open_store
 
 STUDY = "s"

@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 from trackers import optuna_store
 
 from crism_mlops.errors import StudyError
-from crism_mlops.studies.ledger import ATTEMPTS, COUNTED, INDEX, REPEAT, Ledger, here, own, process_lives, process_name
+from crism_mlops.studies.ledger import ATTEMPTS, COUNTED, INDEX, REPEAT, Ledger, own
+from crism_mlops.studies.processes import here, process_lives, process_name
 from crism_mlops.studies.storage import open_store
 
 LEASE = 60.0

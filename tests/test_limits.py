@@ -10,7 +10,7 @@ from trackers import small_sweep
 
 from crism_mlops.studies.ledger import ATTEMPTS, COPIED, REPEAT, STATE
 from crism_mlops.studies.limits import failing, gpu_hours, hours, since_best, spans, spent, stale
-from crism_mlops.studies.study import best_trial
+from crism_mlops.studies.summary import best_trial
 
 HOUR = 3600.0
 

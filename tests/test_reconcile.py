@@ -16,7 +16,8 @@ from trackers import small_sweep
 
 from crism_mlops import cli
 from crism_mlops.dataset.manifest import build_manifest
-from crism_mlops.studies.ledger import PREPARING, here
+from crism_mlops.studies.ledger import PREPARING
+from crism_mlops.studies.processes import here
 from crism_mlops.studies.reconcile import Difference, differences, tell_cancelled
 from crism_mlops.studies.storage import SearchStore, open_store
 from crism_mlops.studies.study import open_study

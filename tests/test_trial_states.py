@@ -39,7 +39,8 @@ from crism_mlops.studies.ledger import Ledger
 from crism_mlops.studies.queue import seed_means
 from crism_mlops.studies.run import Hooks, TrackedRun
 from crism_mlops.studies.storage import SearchStore, open_store
-from crism_mlops.studies.study import Summary, run_study
+from crism_mlops.studies.study import run_study
+from crism_mlops.studies.summary import Summary
 from crism_mlops.studies.trial import Listener, failure_class
 from crism_mlops.tracking import Tracker
 

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from crism_mlops.errors import LeaseLostError, one_line
-from crism_mlops.studies.ledger import Ledger, Me
+from crism_mlops.studies.ledger import Ledger
+from crism_mlops.studies.processes import Me
 from crism_mlops.studies.proxy import RemoteLedger
 from crism_mlops.studies.storage import is_away
 

@@ -10,24 +10,19 @@ Every public method takes and gives plain JSON, so that it can be called through
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import optuna
-import psutil
 import sqlalchemy as sa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from crism_mlops.errors import StudyError
+from crism_mlops.studies.processes import machine, process_lives
 
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 ATTEMPTS = "crism.attempts"  # on a trial: who ran it from when until when, and how that ended
@@ -62,57 +57,6 @@ _controls = sa.Table(
     sa.Column("value", sa.Text, nullable=False),
     sa.Column("since", sa.Float(53), nullable=False),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Me:
-    """This process, as others see it: `machine` tells processes apart that cannot see each other's numbers."""
-
-    worker: str
-    machine: str
-    process: str
-
-    @property
-    def host(self) -> str:
-        return self.machine.partition("/")[0]
-
-
-def here() -> Me:
-    """A new worker in this process."""
-    return Me(uuid4().hex, machine(), process_name(os.getpid()))
-
-
-@cache
-def machine() -> str:
-    """Host, boot and process namespace: containers may share the first two."""
-
-    def read(path: str, otherwise: str) -> str:
-        try:
-            return os.readlink(path) if path.endswith("/pid") else Path(path).read_text().strip()
-        except OSError:
-            return otherwise
-
-    boot = read("/proc/sys/kernel/random/boot_id", str(int(psutil.boot_time())))
-    return f"{socket.gethostname()}/{boot[:13]}/{read('/proc/self/ns/pid', '')}"
-
-
-def process_name(pid: int) -> str:
-    """Number and start: a number alone is given again."""
-    try:
-        # Ticks since boot: the time of day at which it began moves when somebody sets the clock.
-        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        began = f"{psutil.Process(pid).create_time():.2f}"
-    return f"{pid}:{began}"
-
-
-def process_lives(name: str) -> bool:
-    """Whether a process of this machine still runs; what is dead and not yet collected does not."""
-    pid = int(name.partition(":")[0])
-    try:
-        return process_name(pid) == name and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 class Ledger:

@@ -17,7 +17,8 @@ from crism_mlops.studies.board import Doing, Snapshot
 from crism_mlops.studies.ledger import ATTEMPTS, own
 from crism_mlops.studies.limits import spans
 from crism_mlops.studies.storage import SearchStore, load_study, storage_errors
-from crism_mlops.studies.study import SWEEP, best_trial, summarise
+from crism_mlops.studies.study import SWEEP
+from crism_mlops.studies.summary import best_trial, summarise
 
 
 def overview(

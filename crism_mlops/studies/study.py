@@ -9,15 +9,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from crism_mlops.config import DataConfig, SweepConfig, digest_of, error_sign
+from crism_mlops.config import DataConfig, SweepConfig, digest_of
 from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StoreError, StudyError, TrackingError, UnwrittenError
@@ -25,13 +24,15 @@ from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.heart import Heart
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
-from crism_mlops.studies.ledger import INDEX, REPEAT, STATE, here, own
+from crism_mlops.studies.ledger import INDEX
 from crism_mlops.studies.limits import failing, spent, stale
-from crism_mlops.studies.queue import feasible, queue, repeats_wanted, seed_means
+from crism_mlops.studies.processes import here
+from crism_mlops.studies.queue import queue, repeats_wanted, seed_means
 from crism_mlops.studies.run import run_trial
 from crism_mlops.studies.samplers import make_pruner, make_sampler, trial_seed
 from crism_mlops.studies.search_space import grid, input_variants
 from crism_mlops.studies.storage import SearchStore, open_store, storage_errors
+from crism_mlops.studies.summary import Summary, summarise
 from crism_mlops.studies.trial import (
     INTERRUPTED,
     RUN_ID,
@@ -53,22 +54,6 @@ _NAMES = {
     "scenes_digest": "scenes or their split (digest)", "input_vae_digest": "weights of model.input_vae (digest)"
 }  # fmt: skip
 IDLE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """How a study stands: counts by state, and the best trial's number and value, if any."""
-
-    complete: int
-    pruned: int
-    failed: int
-    interrupted: int
-    best_number: int | None
-    best_value: float | None
-    cancelled: int = 0
-    running: int = 0
-    waiting: int = 0
-    repeats: int = 0
 
 
 def run_study(
@@ -312,46 +297,6 @@ def open_study(sweep: SweepConfig, base: Manifest, store: SearchStore, tracker: 
         study.set_user_attr("crism.experiment", sweep.experiment)
         study.set_user_attr("crism.identity", identity)
     return study
-
-
-def summarise(study: optuna.Study, sweep: SweepConfig) -> Summary:
-    """Counts by state and the best finished trial that keeps to all constraints: by its mean over seeds where
-    trials were repeated."""
-    trials = study.get_trials(deepcopy=False)
-    mine = [t for t in trials if own(t)]
-
-    def count(state: TrialState, how: str | None = None) -> int:
-        return sum(t.state == state and (how is None or t.user_attrs.get(STATE) == how) for t in mine)
-
-    best = best_trial(sweep, trials)
-    interrupted = count(TrialState.WAITING, INTERRUPTED)
-    cancelled = count(TrialState.FAIL, "cancelled")
-    return Summary(
-        complete=count(TrialState.COMPLETE),
-        pruned=count(TrialState.PRUNED),
-        failed=count(TrialState.FAIL) - cancelled,
-        interrupted=interrupted,
-        best_number=None if best is None else best[0],
-        best_value=None if best is None else best[1],
-        cancelled=cancelled,
-        running=count(TrialState.RUNNING),
-        waiting=count(TrialState.WAITING) - interrupted,
-        repeats=sum(t.state == TrialState.COMPLETE and not own(t) for t in trials),
-    )
-
-
-def best_trial(sweep: SweepConfig, trials: Sequence[FrozenTrial]) -> tuple[int, float] | None:
-    """Number and value of the best trial, by the first objective; the mean over seeds where there are repeats.
-    Settings that break a constraint with any of their seeds are not the best."""
-    sign = error_sign(sweep.objective.first)
-    broken = {t.user_attrs.get(REPEAT, t.number) for t in trials if not feasible(t)}
-    means = {number: found for number, found in seed_means(trials).items() if number not in broken}
-    if means:
-        number = min(means, key=lambda n: sign * means[n].mean)
-        return number, means[number].mean
-    finished = [t for t in trials if t.state == TrialState.COMPLETE and own(t) and t.number not in broken]
-    best = min(filter(feasible, finished), key=lambda t: sign * t.values[0], default=None)
-    return None if best is None else (best.number, best.values[0])
 
 
 def _log_totals(desk: Desk) -> None:

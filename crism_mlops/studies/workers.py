@@ -10,8 +10,8 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
@@ -28,6 +28,7 @@ from crism_mlops.quiet import quiet_libraries
 from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.run import Hooks, run_trial
+from crism_mlops.studies.shares import Share, environment, share
 from crism_mlops.studies.storage import SearchStore, load_study, open_store, storage_errors
 from crism_mlops.studies.study import TRACKING, closing, prepare, terminate_as_interrupt, work, working
 from crism_mlops.studies.trial import Listener, RunTrial
@@ -127,7 +128,7 @@ def _start(context: Any, assignment: Assignment, place: int, count: int) -> _Chi
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(assignment, theirs, share(place, count)), name=f"worker {place}")
     # Ctrl-C between fork and the child's own handler would end it in the midst of its imports.
-    with holding_interrupts(), without_main(), _environment(share(place, count).environment):
+    with holding_interrupts(), without_main(), environment(share(place, count).environment):
         process.start()
     theirs.close()
     return _Child(process, ours)
@@ -181,50 +182,6 @@ def _stop(children: Mapping[int, _Child], listeners: Sequence[Listener]) -> None
                     child.process.kill()
             _messages(children, listeners, {}, [])
     again.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What of this machine a worker may use."""
-
-    cores: tuple[int, ...]
-    environment: Mapping[str, str]
-
-
-def share(place: int, count: int) -> Share:
-    """The share of one of `count` workers: whole cores while there are as many, else one in turn; one GPU in turn."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    each = len(cores) // count
-    mine = cores[place * each : (place + 1) * each] if each else [cores[place % len(cores)]]
-    threads = str(len(mine))
-    environment = {name: threads for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    if devices := _gpus():
-        environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
-    return Share(tuple(mine), environment)
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
-    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return [device.strip() for device in named.split(",") if device.strip()]
-    import torch
-
-    return [str(index) for index in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for a process that starts meanwhile: libraries read them when they are imported."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _child(assignment: Assignment, pipe: Connection, mine: Share) -> None:

@@ -26,7 +26,8 @@ from trackers import optuna_store, tracking_store
 from crism_mlops.config import DataConfig, SweepConfig
 from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.studies.storage import SearchStore, load_study, open_store
-from crism_mlops.studies.study import closing, prepare, summarise, working
+from crism_mlops.studies.study import closing, prepare, working
+from crism_mlops.studies.summary import summarise
 from crism_mlops.studies.trial import Listener
 from crism_mlops.studies.workers import Assignment, run_workers
 from crism_mlops.tracking import RunInfo, Tracker
