@@ -310,6 +310,10 @@ class Tracker:
         """Log a text artifact."""
         self._tell_file(run_id, text.encode(), file)
 
+    def content(self, run_id: str, content: bytes, file: str) -> None:
+        """Log a file's content as an artifact."""
+        self._tell_file(run_id, content, file)
+
     def figure(self, run_id: str, figure: Any, file: str) -> None:
         """Log a matplotlib figure as a picture."""
         picture = io.BytesIO()
@@ -347,18 +351,28 @@ class Tracker:
         found = [json.loads(value) for key, value in tags.items() if key.startswith(_READING)]
         return sorted(found, key=lambda entry: str(entry["time"]))
 
+    def files(self, run_id: str, folder: str | None = None) -> list[str]:
+        """Artifacts of a run that lie in a folder of it, by their whole names."""
+        return [item.path for item in self._ask(lambda: self.client.list_artifacts(run_id, folder))]
+
+    def read(self, run_id: str, file: str) -> bytes:
+        """The content of an artifact. Raises TrackingError where the run has none of that name."""
+        within = str(PurePosixPath(file).parent)
+        if file not in self.files(run_id, None if within == "." else within):
+            raise TrackingError(f"run {run_id} has no {file}; it did not finish, or is of an older version")
+
+        def read() -> bytes:
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, file, folder)).read_bytes()
+
+        return self._ask(read)
+
     def read_table(self, run_id: str, file: str) -> list[dict[str, Any]]:
         """The rows of a parquet table that a run logged (JSON would round them). Raises TrackingError where it
         logged none."""
         import pandas
 
-        def read() -> Any:
-            with tempfile.TemporaryDirectory() as folder:
-                if file not in {item.path for item in self.client.list_artifacts(run_id)}:
-                    raise TrackingError(f"run {run_id} has no {file}; it did not finish, or is of an older version")
-                return pandas.read_parquet(self.client.download_artifacts(run_id, file, folder))
-
-        rows = self._ask(read).to_dict("records")
+        rows = pandas.read_parquet(io.BytesIO(self.read(run_id, file))).to_dict("records")
         return [{str(key): value for key, value in row.items()} for row in rows]
 
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:

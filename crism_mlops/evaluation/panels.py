@@ -62,7 +62,7 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
 
     if not cases:
         raise EvaluationError("a panel of no scenes, expected at least one: give it the cases to show")
-    classes = [_classes(case) for case in cases]
+    classes = [classes_of(case) for case in cases]
     columns = ["input", "truth", "prediction", "absolute error"]
     columns += ["carbonate"] * any(c is not None for c in classes)
     columns += ["spread of draws"] * any(case.spread is not None for case in cases)
@@ -139,15 +139,8 @@ def _fill(row: dict[str, Axes], case: Case, found: NDArray[np.intp] | None, show
 
     pair, valid = case.pair, case.pair.scene.valid
     step = -(-max(valid.shape) // shown)
-    # Side by side, so that both have the truth's percentiles.
-    low, high = np.percentile(pair.truth[valid], (2.0, 98.0), axis=0) if valid.any() else (np.zeros(3), np.ones(3))
-    scale = np.where(high > low, high - low, 1.0)
-    pictures = {"input": stretched(pair.image[..., :3], valid)}
-    for name, image in (("truth", pair.truth), ("prediction", case.prediction)):
-        pictures[name] = np.clip((image - low) / scale, 0.0, 1.0)
-    for name, picture in pictures.items():
-        small = _small(picture, valid, step)
-        coarse = np.clip(np.round(small * LEVELS) / LEVELS, 0.0, 1.0)
+    for name, picture in displayed(case, step).items():
+        coarse = np.clip(np.round(picture * LEVELS) / LEVELS, 0.0, 1.0)
         row[name].imshow(np.where(np.isfinite(coarse), coarse, NO_DATA), interpolation="nearest")
     error = 255.0 * np.abs(case.prediction - pair.truth).mean(axis=-1)
     bars = {"absolute error": (error, ERROR_LIMIT, "cividis")}
@@ -167,10 +160,23 @@ def _fill(row: dict[str, Axes], case: Case, found: NDArray[np.intp] | None, show
     images = {}
     for name, (values, limit, scale_name) in bars.items():
         row[name].set_facecolor(NO_DATA)
-        small = _small(values, valid, step)
+        small = shrunk(values, valid, step)
         colours_of = colormaps[scale_name].resampled(2 * (LEVELS + 1))
         images[name] = row[name].imshow(small, vmin=0.0, vmax=limit, cmap=colours_of, interpolation="nearest")
     return images
+
+
+def displayed(case: Case, step: int) -> dict[str, NDArray[np.float64]]:
+    """Input, truth and prediction for the eye: H' x W' x 3 in [0, 1], every `step`th pixel as a mean of step x step
+    valid ones, NaN without data. Each channel is stretched from its 2nd to its 98th percentile, the prediction as
+    its truth, so that they can be held side by side."""
+    pair, valid = case.pair, case.pair.scene.valid
+    low, high = np.percentile(pair.truth[valid], (2.0, 98.0), axis=0) if valid.any() else (np.zeros(3), np.ones(3))
+    scale = np.where(high > low, high - low, 1.0)
+    pictures = {"input": stretched(pair.image[..., :3], valid)}
+    for name, image in (("truth", pair.truth), ("prediction", case.prediction)):
+        pictures[name] = np.clip((image - low) / scale, 0.0, 1.0)
+    return {name: shrunk(picture, valid, step) for name, picture in pictures.items()}
 
 
 def _nothing(axis: Axes, why: str) -> None:
@@ -186,7 +192,7 @@ def _row_label(case: Case) -> str:
     return "\n".join(fill(line, 20) for line in lines)
 
 
-def _classes(case: Case) -> NDArray[np.intp] | None:
+def classes_of(case: Case) -> NDArray[np.intp] | None:
     """H x W, places in CLASSES; None without both masks."""
     truth = case.pair.scene.carbonate
     if truth is None or case.carbonate is None:
@@ -217,7 +223,7 @@ def _legend(figure: Figure, cases: Sequence[Case], classes: Sequence[NDArray[np.
     box.get_title().set_multialignment("center")
 
 
-def _small(values: NDArray[Any], valid: NDArray[np.bool_], step: int) -> NDArray[np.float64]:
+def shrunk(values: NDArray[Any], valid: NDArray[np.bool_], step: int) -> NDArray[np.float64]:
     """H x W (x C) as means of the valid pixels of step x step blocks, NaN where there are none."""
     from skimage.transform import downscale_local_mean
 

@@ -10,9 +10,12 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from crism_mlops import __version__
 from crism_mlops.cluster import cores
 from crism_mlops.studies.run import resolve_device
+from crism_mlops.tracking import git_commit
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "segmentation-models-pytorch", "mlflow", "optuna")
 _CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -71,6 +74,20 @@ def look(device: str) -> Machine:
         compiler=shutil.which(named),
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     )
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """What a study's figures were computed with, as plain JSON: versions, the code's commit, the machine in a line."""
+    machine = look(device)
+    return {
+        "versions": {"crism-mlops": __version__, **machine.versions},
+        "commit": git_commit(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": machine.device,
+        "gpu": None if machine.gpu is None else machine.gpu.name,
+        "cores": machine.cores,
+        "memory_gib": round(machine.memory_total / 2**30, 1),
+    }
 
 
 def speed(device: str, half: bool) -> float | None:

@@ -21,6 +21,7 @@ from crism_mlops.dataset.prompts import scene_lacks, scene_prompt
 from crism_mlops.dataset.variants import channels
 from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
+from crism_mlops.evaluation.gallery import FOLDER, INDEX, strip
 from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.evaluation.panels import Case, calibration_figure, panel
 from crism_mlops.evaluation.scores import ScoreTable, as_csv
@@ -39,6 +40,7 @@ from crism_mlops.training import train
 
 log = logging.getLogger(__name__)
 Predict = Callable[[Sequence[Pair]], Predicted]
+SHOWN = ("best", "median", "worst")
 # Of a trial's training time, at most so much goes into validation by default.
 VALIDATION_SHARE = 0.15
 
@@ -389,6 +391,20 @@ def log_scenes(
     tracker.table(run_id, table.strata_rows(), "strata.json")
     cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes, part)
     tracker.figure(run_id, panel(cases, f"{part} scenes, {config.data.variant}"), f"panels/{part}.png")
+    log_gallery(tracker, run_id, panel_cases(predicted, pairs, table, manifest, len(SHOWN), part), table)
+
+
+def log_gallery(tracker: Tracker, run_id: str, cases: Sequence[Case], table: ScoreTable) -> None:
+    """Best, median and worst scene as pictures that a report lays side by side; the index comes last."""
+    rows = {row["observation_id"]: row for row in table.rows}
+    index = []
+    for case in cases:
+        if case.label in SHOWN:
+            picture, about = strip(case, rows[case.pair.scene.observation_id])
+            file = f"{FOLDER}/{case.label}.webp"
+            tracker.content(run_id, picture, file)
+            index.append({**about, "file": file})
+    tracker.text(run_id, json.dumps(index, indent=1), INDEX)
 
 
 def read_test(

@@ -26,6 +26,8 @@ from crism_mlops.studies.heart import Heart
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
 from crism_mlops.studies.ledger import INDEX
 from crism_mlops.studies.limits import failing, spent, stale
+from crism_mlops.studies.machine import surroundings
+from crism_mlops.studies.plan import as_yaml
 from crism_mlops.studies.processes import here
 from crism_mlops.studies.queue import queue, repeats_wanted, seed_means
 from crism_mlops.studies.run import run_trial
@@ -108,6 +110,8 @@ def working(
                 parent = _parent_run(sweep, study, base, tracker)
             if found is not None:
                 tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
+                tracker.text(parent, as_yaml(sweep), "study.yaml")
+                tracker.text(parent, json.dumps(surroundings(sweep.device), indent=2), "environment.json")
             work_folder = (work_root or Path(sweep.engine.work).expanduser()) / sweep.study
             yield Desk(
                 sweep, tuple(scenes), store, study, tracker, parent, work_folder, listener, heart, run,
