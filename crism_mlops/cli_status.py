@@ -22,7 +22,8 @@ def status(
     Example: crism-mlops status quickstart-ip2p --experiment crism-quickstart
     """
     from crism_mlops.errors import StudyError
-    from crism_mlops.reports.tables import against_floors, headline, status_tables, study_names, study_status
+    from crism_mlops.reports.record import study_names
+    from crism_mlops.reports.tables import against_floors, headline, status_tables, study_status
     from crism_mlops.tracking import Tracker
 
     if watch:

@@ -475,6 +475,18 @@ class Tracker:
         """One run by its id."""
         return _info(self._ask(lambda: self.client.get_run(run_id)))
 
+    def run_of_model(self, model: str) -> str:
+        """The run that made models:/NAME@ALIAS, models:/NAME/VERSION or models:/ID. Raises TrackingError."""
+        name, at, alias = model.removeprefix("models:/").partition("@")
+        if at:
+            version = self._ask(lambda: self.client.get_model_version_by_alias(name, alias))
+        elif "/" in name:
+            name, _, number = name.partition("/")
+            version = self._ask(lambda: self.client.get_model_version(name, number))
+        else:
+            return str(self._ask(lambda: self.client.get_logged_model(name)).source_run_id)
+        return str(version.tags.get("crism.run_id") or version.run_id)
+
     def ui_url(self) -> str | None:
         """Where the experiment is seen, if the store is a server."""
         return (

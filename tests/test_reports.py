@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 from trackers import new_tracker
 
-from crism_mlops.reports.tables import against_floors, headline, status_tables, study_names, study_status
+from crism_mlops.reports.record import study_names
+from crism_mlops.reports.tables import against_floors, headline, status_tables, study_status
 from crism_mlops.tracking import Tracker
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import error_sign
+from crism_mlops.reports.record import state_of
 from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 _PROTOCOLS = {"test": "valid protocol, balanced test set", "thesis": "thesis protocol, balanced test set"}
 _METRICS = ("rmse", "pcc", "cosine", "ssim", "lpips")
-_STATES = {"FINISHED": "finished", "FAILED": "failed", "RUNNING": "running"}
 
 
 def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
@@ -39,15 +39,8 @@ def study_status(tracker: Tracker, name: str) -> dict[str, Any]:
     }
 
 
-def study_names(tracker: Tracker) -> list[str]:
-    """Names of the studies of an experiment, oldest first."""
-    return list(dict.fromkeys(r.tags["crism.study"] for r in tracker.find(crism_kind="study")))
-
-
 def _row(run: RunInfo) -> dict[str, Any]:
-    state = _STATES.get(run.status) or run.tags.get("crism.stopped", "killed")
-    if state == "finished" and INFEASIBLE in run.tags:
-        state = "infeasible"
+    state = state_of(run)
     # Settings are the parameters that are keys of the configuration: they hold a dot.
     settings = {k: v for k, v in run.params.items() if k.split(".")[0] in ("data", "train", "model")}
     return {

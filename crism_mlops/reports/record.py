@@ -1,0 +1,184 @@
+"""All that is known of a study, read from MLflow and, where it can be had, from the search database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from crism_mlops.config import SweepConfig, error_sign, override_sweep
+from crism_mlops.config_text import read_yaml
+from crism_mlops.errors import CrismError, StudyError, TrackingError, one_line
+from crism_mlops.studies.ledger import own
+from crism_mlops.studies.overview import stored_sweep
+from crism_mlops.studies.storage import SearchStore, load_study
+from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_STATES = {"FINISHED": "finished", "FAILED": "failed", "RUNNING": "running"}
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRecord:
+    """One study. trials: its own, by number; repeats: those with other seeds; floors and ceilings: finished ones,
+    once each. search, sweep: Optuna's study and the resolved study file, None where nobody has them. lacking: what
+    is missing, a sentence each."""
+
+    name: str
+    experiment: str
+    parent: RunInfo | None
+    trials: tuple[RunInfo, ...]
+    repeats: tuple[RunInfo, ...]
+    floors: tuple[RunInfo, ...]
+    ceilings: tuple[RunInfo, ...]
+    search: optuna.Study | None
+    sweep: SweepConfig | None
+    lacking: tuple[str, ...]
+
+    @property
+    def objective(self) -> str:
+        """The figure that trials are ranked by."""
+        return "val/rmse" if self.parent is None else self.parent.tags.get("crism.objective", "val/rmse")
+
+    @property
+    def model(self) -> str:
+        """unet or instruct_pix2pix; "" where no run says it."""
+        return next((r.tags["crism.model"] for r in (self.parent, *self.trials) if r and "crism.model" in r.tags), "")
+
+    @property
+    def ranked(self) -> list[RunInfo]:
+        """The trials that can be the best, the best first."""
+        sign = error_sign(self.objective)
+        return sorted(contenders(self.trials), key=lambda r: sign * r.ranking)
+
+    @property
+    def best(self) -> RunInfo | None:
+        """The best trial."""
+        return next(iter(self.ranked), None)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Trials by state."""
+        states = [state_of(r) for r in self.trials]
+        return {state: states.count(state) for state in sorted(set(states))}
+
+    def floors_of(self, run: RunInfo) -> list[RunInfo]:
+        """The floors of a trial's own scenes and input, the best (by RMSE of the balanced test set) first."""
+        same = [f for f in self.floors if _inputs(f) == _inputs(run)]
+        return sorted(same, key=lambda f: f.metrics.get("test/rmse", float("inf")))
+
+
+def _inputs(run: RunInfo) -> tuple[str | None, ...]:
+    digest = run.params.get("inputs_digest")
+    return (digest,) if digest else (run.params.get("data.variant"), run.params.get("data.normalization"))
+
+
+def state_of(run: RunInfo) -> str:
+    """finished, infeasible, pruned, interrupted, cancelled, failed, running or killed."""
+    state = _STATES.get(run.status) or run.tags.get("crism.stopped", "killed")
+    return "infeasible" if state == "finished" and INFEASIBLE in run.tags else state
+
+
+def trial_number(run: RunInfo) -> int:
+    """A trial's number; -1 of what is none."""
+    return int(run.tags.get("crism.trial_number", "-1"))
+
+
+def study_names(tracker: Tracker) -> list[str]:
+    """Names of the studies of an experiment, oldest first."""
+    return list(dict.fromkeys(r.tags["crism.study"] for r in tracker.find(crism_kind="study")))
+
+
+def read_study(tracker: Tracker, name: str, store: SearchStore | None) -> StudyRecord:
+    """Read a study. What MLflow or the search database lacks is named in `lacking`; raises StudyError where
+    neither knows the study."""
+    runs = tracker.find(crism_study=name)
+    search = None
+    lacking = []
+    if store is not None:
+        try:
+            search = load_study(store, name)
+        except StudyError:
+            lacking.append(f"The search database {store.shown} does not hold {name}: figures of the search come from "
+                           "MLflow, as far as it has them.")  # fmt: skip
+    if search is not None and search.user_attrs.get("crism.experiment", tracker.experiment) != tracker.experiment:
+        search = None  # Another one of that name.
+    if not runs and search is None:
+        raise StudyError(
+            f"no study {name!r} in experiment {tracker.experiment!r}; it holds "
+            f"{', '.join(study_names(tracker)) or 'none'}"
+        )
+    parent = next((r for r in reversed(runs) if r.kind == "study"), None)
+    if parent is None:
+        lacking.append("The study's own run is missing (deleted in MLflow?): its audit, file and surroundings are "
+                       "not to be had.")  # fmt: skip
+    trials = sorted((r for r in runs if r.kind == "trial"), key=trial_number)
+    lacking += _gaps(search, {trial_number(r) for r in trials})
+    return StudyRecord(
+        name,
+        tracker.experiment,
+        parent,
+        tuple(r for r in trials if REPEAT_OF not in r.tags),
+        tuple(r for r in trials if REPEAT_OF in r.tags),
+        _latest(runs, "floor"),
+        _latest(runs, "ceiling"),
+        search,
+        _sweep(tracker, parent, search),
+        tuple(lacking),
+    )
+
+
+def _gaps(search: optuna.Study | None, known: set[int]) -> list[str]:
+    """Trials that were begun and have no run any more."""
+    if search is None:
+        return []
+    begun = [t for t in search.get_trials(deepcopy=False) if "crism.run_id" in t.user_attrs and own(t)]
+    gone = [t.number for t in begun if t.number not in known]
+    if not gone:
+        return []
+    numbers = ", ".join(map(str, gone[:8])) + (", ..." if len(gone) > 8 else "")
+    return [f"{len(gone)} of {len(begun)} trials have no run in MLflow (deleted?): {numbers}."]
+
+
+def _latest(runs: Sequence[RunInfo], kind: str) -> tuple[RunInfo, ...]:
+    """Finished runs of a kind, of several of one name the last."""
+    found = {r.name: r for r in runs if r.kind == kind and r.status == "FINISHED"}
+    return tuple(found.values())
+
+
+def _sweep(tracker: Tracker, parent: RunInfo | None, search: optuna.Study | None) -> SweepConfig | None:
+    """The resolved study file, from the search database or from the study's run."""
+    try:
+        if search is not None:
+            return stored_sweep(search)
+        if parent is not None:
+            return override_sweep(read_yaml(tracker.read(parent.run_id, "study.yaml").decode()))
+    except (CrismError, ValueError):
+        return None  # Of an older version: the report says that it has no study file.
+    return None
+
+
+def read_json(tracker: Tracker, run: RunInfo | None, file: str) -> tuple[Any, str]:
+    """A JSON artifact's content and "", or None and why it cannot be had."""
+    if run is None:
+        return None, "the study's own run is missing"
+    try:
+        return json.loads(tracker.read(run.run_id, file)), ""
+    except (TrackingError, ValueError) as error:
+        return None, f"{file} of {run.name} cannot be read: {one_line(error)}"
+
+
+def searched_keys(record: StudyRecord) -> list[str]:
+    """The keys that the study searched over; without its file, the settings in which its trials differ."""
+    if record.sweep is not None:
+        return list(record.sweep.search)
+    values: Mapping[str, set[str]] = {
+        key: {r.params.get(key, "") for r in record.trials}
+        for key in sorted({k for r in record.trials for k in r.params if k.split(".")[0] in ("data", "train", "model")})
+    }
+    return [key for key, found in values.items() if len(found) > 1]
