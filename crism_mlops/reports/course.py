@@ -24,8 +24,8 @@ from crism_mlops.studies.queue import feasible
 
 # States of trials without a value of the objective, which stand at the foot of the history.
 _VALUELESS = ("pruned", "failed", "cancelled")
-# An axis over more orders of magnitude than this is a log one.
-_WIDE = 8.0
+# Errors that are so many times the least one are drawn on a log axis; others, of diverged trials, beyond its edge.
+_WIDE, _FAR = 4.0, 1000.0
 _ROWS = 60  # of the timeline, up to which a bar is thick enough for a pattern
 
 
@@ -38,9 +38,11 @@ def history(read: Reading) -> Figure | str:
     notes: list[str] = []
     windows = []
     for index, (axes, metric) in enumerate(zip(panels, read.metrics, strict=True)):
-        lines = read.lines if index == 0 else {}
         values = [t.values[index] for t in (*read.finished, *read.repeats)]
-        shown = window(values, tuple(lines.values()), _sign(read, index))
+        shown = window(values, tuple(read.lines.values()) if index == 0 else (), _sign(read, index))
+        # At the foot stand trials without a value: the best line does not run through them.
+        foot = 0.07 * (shown.high - shown.low) if any(state_of(t) in _VALUELESS for t in read.trials) else 0.0
+        shown = Window(shown.low - foot, shown.high)
         windows.append(shown)
         _history_panel(axes, read, index, shown)
         axes.set(ylabel=axis_label(metric), ylim=(shown.low, shown.high))
@@ -122,12 +124,7 @@ def intermediate(read: Reading) -> Figure | str:
     if not curves:
         return "no trial has reported an epoch" if read.mine else "the study has no trial yet"
     values = [value for curve in curves.values() for _, value in curve]
-    # The first epochs of training are far from the last.
-    log = min(values) > 0.0 and max(values) > _WIDE * min(values)
-    scaled = [math.log10(value) for value in values] if log else values
-    shown = window(scaled, (), read.sign)
-    if log:
-        shown = Window(10.0**shown.low, 10.0**shown.high)
+    shown, log = _epochs_window(values, read.sign)
     figure = blank(3.6)
     axes = figure.subplots()
     best = next((t.number for t in reversed(read.ranked()) if feasible(t)), None)
@@ -143,7 +140,18 @@ def intermediate(read: Reading) -> Figure | str:
     _legend(figure, axes)
     out = sum(any(not shown.holds(value) for _, value in curve) for curve in curves.values())
     # How far off they are says nothing; that they are somewhere else does.
-    return finish(figure, [f"{out} of {len(curves)} trials leave the axis."] if out else [])
+    return finish(figure, [f"Epochs of {out} of {len(curves)} trials lie beyond the axis."] if out else [])
+
+
+def _epochs_window(values: Sequence[float], sign: float) -> tuple[Window, bool]:
+    """What to show of the objective by epoch, and whether on a log axis: first epochs are far from the last."""
+    low, high = min(values), max(values)
+    if sign > 0 and low > 0.0:
+        if high <= _WIDE * low:
+            return window((low, high)), False
+        shown = window((math.log10(low), math.log10(min(high, _FAR * low))))
+        return Window(10.0**shown.low, 10.0**shown.high), True
+    return window(values, (), sign), False
 
 
 def _curve(trial: FrozenTrial) -> list[tuple[int, float]]:
@@ -188,10 +196,11 @@ def timeline(read: Reading) -> Figure | str:
     if not bars:
         return "no trial has begun" if read.trials else "the study has no trial yet"
     start = min(began for _, began, _, _ in bars)
-    unit, seconds = _unit(max(ended for _, _, ended, _ in bars) - start)
+    span = max(ended for _, _, ended, _ in bars) - start
+    unit, seconds = _unit(span)
     numbers = sorted({number for number, *_ in bars})
     rows = max(numbers) - min(numbers) + 1
-    figure = blank(min(max(0.17 * rows, 0.9), 7.0) + 0.9)
+    figure = blank(min(max(0.18 * rows, 0.4), 7.0) + 0.9)
     axes = figure.subplots()
     for state in [state for state in STATES if any(how == state for *_, how in bars)]:
         look, own = STATES[state], [bar for bar in bars if bar[3] == state]
@@ -202,14 +211,18 @@ def timeline(read: Reading) -> Figure | str:
             hatch=look.hatch if rows <= _ROWS else "", label=state,
         )  # fmt: skip
         # What took hardly any time is seen as well.
+        own = [bar for bar in own if bar[2] - bar[1] <= 0.003 * span]
         axes.plot(
             [(began - start) / seconds for _, began, *_ in own], [number for number, *_ in own], linestyle="",
-            marker="|", color=look.colour, markersize=min(9.0, 300.0 / rows), markeredgewidth=1.0, gid=f"begin:{state}",
+            marker="|", color=look.colour, markersize=min(9.0, 400.0 / rows), markeredgewidth=1.0, gid=f"begin:{state}",
         )  # fmt: skip
     axes.set(xlabel=f"{unit} since the study's first trial began", ylabel="trial")
     axes.set_ylim(max(numbers) + 0.6, min(numbers) - 0.6)
     axes.set_xlim(left=0.0)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=min(rows, 25), integer=True, min_n_ticks=1))
+    if rows <= 25:
+        axes.set_yticks(numbers)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
     axes.grid(axis="x")
     handles = [
         Patch(facecolor=STATES[s].colour, edgecolor="white", linewidth=0.4, hatch=STATES[s].hatch, label=s)

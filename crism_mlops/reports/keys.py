@@ -16,8 +16,8 @@ from crism_mlops.config_search import Search
 from crism_mlops.reports.style import literal, width_of
 from crism_mlops.studies.search_space import distributions
 
-# Inches that the labels of an axis may take together, side by side; letters stand for longer ones.
-_ROOM = 1.9
+# Inches of the narrowest axis on which the labels of a choice stand side by side; letters stand for longer ones.
+_ROOM = 2.6
 # Characters of a value that are written out below a figure.
 _FULL = 300
 
@@ -129,7 +129,7 @@ def _labelled(
 ) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:  # fmt: skip
     """Labels of values, each another one: the values themselves where they are short, letters elsewhere."""
     texts = [literal(value if isinstance(value, str) else json.dumps(value)) for value in choices]
-    short = sum(width_of(text) + 0.1 for text in texts) <= _ROOM
+    short = len(texts) * (max(map(width_of, texts)) + 0.06) <= _ROOM
     if short and len(set(texts)) == len(texts) and all(text.strip() for text in texts):
         return tuple(texts), ()
     ticks = tuple(next(letters) for _ in choices)

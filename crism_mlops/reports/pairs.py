@@ -126,6 +126,8 @@ def _table(read: Reading, across: Key, up: Key, trials: Sequence[FrozenTrial]) -
         # In more columns the figures would not fit.
         words = f"{number(means[row, column])}\nn = {len(found)}" if len(across.ticks) <= 8 else f"{len(found)}"
         axes.text(column, row, words, ha="center", va="center", color="white" if dark else "black")
+    for row, column in np.argwhere(np.isnan(means)):
+        axes.text(column, row, "–", ha="center", va="center", color="0.5")
     axes.set_xticks(range(len(across.ticks)), across.ticks)
     axes.set_yticks(range(len(up.ticks)), up.ticks)
     axes.tick_params(length=0)
@@ -158,7 +160,8 @@ def pareto(read: Reading) -> Figure | str:
     figure.legend(handles, labels, loc="outside upper left", ncols=4)
     numbers = [str(t.number) for t, member in zip(read.finished, front, strict=True) if member]
     more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return finish(figure, [f"Not beaten: trials {', '.join(numbers[:_NAMED])}{more}."] if numbers else [])
+    words = "trial" if len(numbers) == 1 else "trials"
+    return finish(figure, [f"Not beaten: {words} {', '.join(numbers[:_NAMED])}{more}."] if numbers else [])
 
 
 def front_of(read: Reading) -> NDArray[np.bool_]:

@@ -119,7 +119,7 @@ def _heights(key: Key, trials: Sequence[FrozenTrial]) -> dict[int, float]:
         place = key.place(trial)
         spread = 0.0
         if key.categorical and len(trials) > 1:
-            spread = 0.08 * (index / (len(trials) - 1) - 0.5) * 2.0 / max(len(key.ticks) - 1, 2)
+            spread = 0.05 * (index / (len(trials) - 1) - 0.5) * 2.0 / max(len(key.ticks) - 1, 2)
         found[trial.number] = _ABSENT if place is None else key.share(place) + spread
     return found
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from crism_mlops.reports.style import BLACK, LINE, literal, number, wrapped
 
 # The share of the axis that trials keep, however far off the lines are.
-_KEPT = 0.25
+_KEPT = 0.33
 # Inches that a line's label may be wide.
-_LABEL = 1.9
+_LABEL = 2.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ def beyond(values: Sequence[float], shown: Window) -> list[str]:
     out = [value for value in values if not shown.holds(value)]
     if not out:
         return []
-    verb = "trial lies" if len(out) == 1 else "trials lie"
-    reach = number(out[0]) if len(out) == 1 else f"{number(min(out))} to {number(max(out))}"
-    return [f"{len(out)} {verb} beyond the axis and stand at its edge: {reach}."]
+    if len(out) == 1:
+        return [f"1 trial lies beyond the axis and stands at its edge: {number(out[0])}."]
+    return [f"{len(out)} trials lie beyond the axis and stand at its edge: {number(min(out))} to {number(max(out))}."]
 
 
 def edge_marks(axes: Axes, places: Sequence[float], values: Sequence[float], shown: Window) -> None:
