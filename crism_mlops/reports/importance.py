@@ -70,10 +70,7 @@ def _evaluated(
     trials: Sequence[FrozenTrial], names: set[str], sign: float, evaluator: BaseImportanceEvaluator
 ) -> dict[str, float]:
     """Optuna's shares, of a study of these trials alone that minimises."""
-    storage = optuna.storages.InMemoryStorage()
-    # Not `create_study`, which tells the log.
-    storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], "importances")
-    study = optuna.load_study(study_name="importances", storage=storage)
+    study = optuna.create_study(direction="minimize")
     for trial in trials:
         kept = {name: value for name, value in trial.params.items() if name in names}
         spaces = {name: trial.distributions[name] for name in kept}

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal, cast
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -82,6 +83,7 @@ def styled() -> Iterator[None]:
 def blank(height: float) -> Figure:
     """An empty figure of the shared width and a height in inches."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)  # without it, nothing tells how wide a text is
     layout = figure.get_layout_engine()
     assert layout is not None
     layout.set(w_pad=0.06, h_pad=0.06)  # type: ignore[call-arg]
@@ -140,12 +142,19 @@ def width_of(text: str) -> float:
 def wrapped(text: str, width: float = WIDTH - 0.2) -> list[str]:
     """Literal text as lines of at most so many inches; words that are longer than a line are cut."""
     lines = [""]
-    for word in re.findall(r" *[^ ]{1,30}", text):
+    # No letter is wider than 1/8 inch.
+    pieces = rf" *(?:\\\$|[^ ]){{1,{max(1, int(8 * width))}}}"
+    words = (piece for word in re.findall(r" *[^ ]+", text) for piece in _pieces(word, width, pieces))
+    for word in words:
         if lines[-1] and width_of(lines[-1] + word) > width:
             lines.append(word.lstrip(" "))
         else:
             lines[-1] += word
     return lines
+
+
+def _pieces(word: str, width: float, pieces: str) -> list[str]:
+    return [word] if width_of(word) <= width else re.findall(pieces, word)
 
 
 def number(value: float) -> str:
