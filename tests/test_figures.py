@@ -577,8 +577,8 @@ def test_numbers_on_axes_are_plain() -> None:
 
 # -- whatever a study holds
 
-FLOAT = st.floats(allow_nan=False, width=32)
-EPOCHS = st.dictionaries(st.integers(0, 6), st.floats(width=32), max_size=3)
+FLOAT = st.floats(allow_nan=False)
+EPOCHS = st.dictionaries(st.integers(0, 6), st.floats(), max_size=3)
 ENDS = st.sampled_from(
     [TrialState.COMPLETE] * 3 + [TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
 )
@@ -588,7 +588,7 @@ ENDS = st.sampled_from(
 def studies(draw: st.DrawFn) -> Made:
     several = draw(st.booleans())
     config = sweep(*(TWO_OBJECTIVES if several else [draw(st.sampled_from([TWO_KEYS, "objective.metric=val/ssim"]))]))
-    made = Made(config, draw(st.dictionaries(st.sampled_from(["floor a", "ceiling"]), st.floats(width=32))))
+    made = Made(config, draw(st.dictionaries(st.sampled_from(["floor a", "ceiling"]), st.floats())))
     for _ in range(draw(st.integers(0, 9))):
         state = draw(ENDS)
         values = [draw(FLOAT) for _ in config.objective.metrics] if state == TrialState.COMPLETE else None

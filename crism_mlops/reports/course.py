@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from crism_mlops.config import error_sign
 from crism_mlops.reports.keys import plain
-from crism_mlops.reports.reading import Reading, axis_label, state_of
+from crism_mlops.reports.reading import Reading, axis_label, drawable, state_of
 from crism_mlops.reports.style import BLACK, BLUE, GREY, STATES, blank, finish
 from crism_mlops.reports.window import Window, beyond, draw_lines, edge_marks, room_for, window
 from crism_mlops.studies.ledger import ATTEMPTS
@@ -156,7 +156,7 @@ def _epochs_window(values: Sequence[float], sign: float) -> tuple[Window, bool]:
 
 def _curve(trial: FrozenTrial) -> list[tuple[int, float]]:
     """Epochs and finite values that a trial reported."""
-    return [(step, value) for step, value in sorted(trial.intermediate_values.items()) if math.isfinite(value)]
+    return [(step, value) for step, value in sorted(trial.intermediate_values.items()) if drawable(value)]
 
 
 def _curve_line(axes: Axes, trial: FrozenTrial, curve: Sequence[tuple[int, float]], best: bool) -> None:
@@ -202,19 +202,16 @@ def timeline(read: Reading) -> Figure | str:
     rows = max(numbers) - min(numbers) + 1
     figure = blank(min(max(0.18 * rows, 0.4), 7.0) + 0.9)
     axes = figure.subplots()
-    for state in [state for state in STATES if any(how == state for *_, how in bars)]:
-        look, own = STATES[state], [bar for bar in bars if bar[3] == state]
-        axes.barh(
-            [number for number, *_ in own], [(ended - began) / seconds for _, began, ended, _ in own],
-            left=[(began - start) / seconds for _, began, *_ in own], height=0.8, color=look.colour,
-            edgecolor="white" if rows <= _ROWS else look.colour, linewidth=0.4, gid=state,
-            hatch=look.hatch if rows <= _ROWS else "", label=state,
-        )  # fmt: skip
-        # What took hardly any time is seen as well.
-        own = [bar for bar in own if bar[2] - bar[1] <= 0.003 * span]
+    patterned = rows <= _ROWS
+    states = [state for state in STATES if any(how == state for *_, how in bars)]
+    for state in states:
+        _bars(axes, state, [bar for bar in bars if bar[3] == state], start, seconds, patterned)
+    # What took hardly any time is seen as well.
+    short = [bar for bar in bars if bar[2] - bar[1] <= 0.003 * span]
+    for number, began, _, how in short:
         axes.plot(
-            [(began - start) / seconds for _, began, *_ in own], [number for number, *_ in own], linestyle="",
-            marker="|", color=look.colour, markersize=min(9.0, 400.0 / rows), markeredgewidth=1.0, gid=f"begin:{state}",
+            [(began - start) / seconds], [number], marker="|", color=STATES[how].colour,
+            markersize=min(9.0, 400.0 / rows), markeredgewidth=1.0, gid=f"short:{how}",
         )  # fmt: skip
     axes.set(xlabel=f"{unit} since the study's first trial began", ylabel="trial")
     axes.set_ylim(max(numbers) + 0.6, min(numbers) - 0.6)
@@ -225,11 +222,23 @@ def timeline(read: Reading) -> Figure | str:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
     axes.grid(axis="x")
     handles = [
-        Patch(facecolor=STATES[s].colour, edgecolor="white", linewidth=0.4, hatch=STATES[s].hatch, label=s)
-        for s in STATES if any(how == s for *_, how in bars)
+        Patch(facecolor=STATES[state].colour, edgecolor="white", linewidth=0.4, label=state,
+              hatch=STATES[state].hatch * patterned)
+        for state in states
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper left", ncols=4)
     return finish(figure)
+
+
+def _bars(
+    axes: Axes, state: str, bars: Sequence[tuple[int, float, float, str]], start: float, seconds: float, patterned: bool
+) -> None:
+    look = STATES[state]
+    axes.barh(
+        [number for number, *_ in bars], [(ended - began) / seconds for _, began, ended, _ in bars],
+        left=[(began - start) / seconds for _, began, *_ in bars], height=0.8, color=look.colour, linewidth=0.4,
+        edgecolor="white" if patterned else look.colour, hatch=look.hatch * patterned, gid=state, label=state,
+    )  # fmt: skip
 
 
 def _attempts(trial: FrozenTrial, now: float) -> Iterable[tuple[float, float, str]]:

@@ -17,7 +17,7 @@ from crism_mlops.reports.style import literal, width_of
 from crism_mlops.studies.search_space import distributions
 
 # Inches of the narrowest axis on which the labels of a choice stand side by side; letters stand for longer ones.
-_ROOM = 2.6
+_ROOM = 2.75
 # Characters of a value that are written out below a figure.
 _FULL = 300
 

@@ -23,7 +23,7 @@ class Reading:
 
     trials: all but those copied from other studies; mine: without repetitions with other seeds; finished: of mine,
     those with finite values of all objectives; repeats: finished repetitions. lines: floors and ceilings of the
-    first objective. In the order of their numbers.
+    first objective. Trials are in the order of their numbers.
     """
 
     trials: tuple[FrozenTrial, ...]
@@ -75,7 +75,7 @@ def read_study(study: optuna.Study, sweep: SweepConfig, lines: Mapping[str, floa
         repeats=tuple(t for t in done if REPEAT in t.user_attrs),
         metrics=metrics,
         keys=keys_of_search(sweep.search),
-        lines={name: float(value) for name, value in lines.items() if math.isfinite(value)},
+        lines={name: float(value) for name, value in lines.items() if drawable(value)},
     )
 
 
@@ -89,6 +89,11 @@ def state_of(trial: FrozenTrial) -> str:
     return {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned"}.get(trial.state, "running")
 
 
+def drawable(value: float) -> bool:
+    """Whether an axis can show a value: it is a number, and not so large that its margins are none."""
+    return math.isfinite(value) and abs(value) < 1e100
+
+
 def axis_label(metric: str) -> str:
     """An objective as an axis's label: which way is better, and its units where it has any."""
     arrow = "↓" if error_sign(metric) > 0 else "↑"
@@ -96,4 +101,4 @@ def axis_label(metric: str) -> str:
 
 
 def _defined(trial: FrozenTrial, objectives: int) -> bool:
-    return trial.values is not None and len(trial.values) == objectives and all(map(math.isfinite, trial.values))
+    return trial.values is not None and len(trial.values) == objectives and all(map(drawable, trial.values))
