@@ -274,6 +274,21 @@ def test_importance_names_its_evaluator_and_finds_the_key_that_matters() -> None
     assert f"{100 * found.importances[RATE]:.0f} %" in text
 
 
+def test_a_diverged_trial_is_not_all_that_importance_explains() -> None:
+    made = spread(Made(sweep(TWO_KEYS)), 20)
+    made.add(values=1e6, params={RATE: 1e-4, "model.steps": 10})
+    assert importances(made.read).shares[RATE] > 0.5
+
+
+def test_importance_of_settings_that_are_all_the_same_is_unknown() -> None:
+    made = Made(sweep(TWO_KEYS))
+    for value in (5.0, 6.0, 7.0, 8.0, 9.0):
+        made.add(values=value, params={RATE: 1e-4, "model.steps": 4})
+    found = made.all()
+    assert found.missing["importance"] == "no key makes a difference that the evaluator sees"
+    assert (found.importances, "contour" in found.made) == ({}, True)
+
+
 def test_conditional_keys_are_judged_by_an_evaluator_that_knows_them() -> None:
     text_rate = "train.text_learning_rate"
     search = {

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, create_trial
 
 from crism_mlops.reports.reading import Reading
 from crism_mlops.reports.style import BLUE, blank, finish
+from crism_mlops.reports.window import window
 
 LEAST = 4  # finished trials
 FEW = 20  # finished trials, below which shares are a hint
@@ -69,15 +70,21 @@ def _evaluator(trials: int, complete: bool) -> tuple[BaseImportanceEvaluator, st
 def _evaluated(
     trials: Sequence[FrozenTrial], names: set[str], sign: float, evaluator: BaseImportanceEvaluator
 ) -> dict[str, float]:
-    """Optuna's shares, of a study of these trials alone that minimises."""
+    """Optuna's shares, of a study of these trials alone that minimises; empty where it sees no difference."""
     study = optuna.create_study(direction="minimize")
+    shown = window([trial.values[0] for trial in trials], (), sign)
     for trial in trials:
         kept = {name: value for name, value in trial.params.items() if name in names}
         spaces = {name: trial.distributions[name] for name in kept}
-        study.add_trial(create_trial(params=kept, distributions=spaces, value=sign * trial.values[0]))
+        # A diverged trial counts as a bad one: by its value, it would be all that there is to explain.
+        value = sign * shown.clipped(trial.values[0])
+        study.add_trial(create_trial(params=kept, distributions=spaces, value=value))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Advice on few trials: the figure says how many there are.
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        try:
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except RuntimeError:  # fANOVA: no tree found a difference, as where all settings are the same.
+            return {}
     return {name: float(share) for name, share in found.items()}
 
 
