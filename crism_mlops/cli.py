@@ -17,6 +17,7 @@ import typer
 
 from crism_mlops.cli_data import data_app
 from crism_mlops.cli_doctor import doctor
+from crism_mlops.cli_report import compare, report
 from crism_mlops.cli_schema import schema
 from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
 from crism_mlops.cli_status import status
@@ -65,7 +66,7 @@ def setup(
         quiet_libraries()
 
 
-for _command in (sweep, status, worker, pause, resume, stop, cancel, reconcile, proxy):
+for _command in (sweep, status, report, compare, worker, pause, resume, stop, cancel, reconcile, proxy):
     app.command()(_command)
 
 

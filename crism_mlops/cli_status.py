@@ -22,14 +22,14 @@ def status(
     Example: crism-mlops status quickstart-ip2p --experiment crism-quickstart
     """
     from crism_mlops.errors import StudyError
-    from crism_mlops.reports.record import study_names
+    from crism_mlops.reports.record import experiment_of, study_names
     from crism_mlops.reports.tables import against_floors, headline, status_tables, study_status
     from crism_mlops.tracking import Tracker
 
     if watch:
         _watch(study, storage)
         return
-    tracker = Tracker(tracking_uri, experiment or _experiment_of(study, storage), create=False)
+    tracker = Tracker(tracking_uri, experiment or experiment_of(study, storage), create=False)
     names = study_names(tracker)
     if not names:
         raise StudyError(
@@ -53,19 +53,6 @@ def status(
             out.print(f"  {line}", highlight=False, soft_wrap=True)
     where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
     out.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
-
-
-def _experiment_of(study: str | None, storage: str | None) -> str:
-    """The experiment that a study names in the search database; crism where it does not."""
-    from crism_mlops.errors import StudyError
-    from crism_mlops.studies.storage import load_study, open_store
-
-    if study is not None:
-        try:
-            return str(load_study(open_store(storage, 0.0, create=False), study).user_attrs["crism.experiment"])
-        except (StudyError, KeyError):
-            pass  # MLflow alone tells as well, if the experiment is the default one.
-    return "crism"
 
 
 def _search_status(study: str | None, storage: str | None) -> dict[str, dict[str, Any]]:

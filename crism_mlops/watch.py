@@ -10,12 +10,13 @@ from threading import Event, Thread
 from typing import Any
 
 from crism_mlops.config import SweepConfig
+from crism_mlops.errors import CrismError, one_line
 from crism_mlops.reports.live import LiveView
 from crism_mlops.studies.board import Board
 from crism_mlops.studies.overview import overview
 from crism_mlops.studies.run import Hooks
 from crism_mlops.studies.storage import SearchStore, is_away, load_study
-from crism_mlops.studies.trial import Listener
+from crism_mlops.studies.trial import Desk, Listener
 
 log = logging.getLogger(__name__)
 EVERY_S = 1.0
@@ -56,6 +57,17 @@ class Watch:
         def doing() -> Mapping[str, Any]:
             return next((d.to_json() for d in board.doing() if d.worker == worker), {})
 
+        def closed(desk: Desk) -> None:
+            from crism_mlops.reports.parent import log_report
+
+            board.idle(worker, "figures")
+            try:
+                log_report(desk.tracker, desk.sweep.study, desk.store)
+            except (CrismError, OSError) as error:
+                # The study is none the worse for it.
+                say(f"figures of {desk.sweep.study} were not logged ({one_line(error)}); later: crism-mlops report "
+                    f"{desk.sweep.study} --log")  # fmt: skip
+
         hooks = Hooks(
             step=lambda step, total, loss: board.step(worker, step, total, loss),
             report=lambda epoch, figures: None,
@@ -63,7 +75,7 @@ class Watch:
         )
         return Listener(
             trial=trial, ended=ended, floors=floors, idle=lambda why: board.idle(worker, why), say=say, doing=doing,
-            hooks=hooks,
+            hooks=hooks, closed=closed,
         )  # fmt: skip
 
     @contextmanager

@@ -17,7 +17,8 @@ STAGES = {
     "products": 1, "scenes": 2, "dataset": 3, "models": 4, "training": 5, "evaluation": 6, "tracking": 7,
     "tracking_store": 7, "outbox": 7, "buffered": 7,
     "studies": 8, "reports": 9, "registry": 10, "terminal": 11, "cli_data": 11, "cli_doctor": 11,
-    "cli_schema": 11, "cli_score": 11, "cli_study": 11, "cli_status": 11, "watch": 11, "cli_vae": 11, "cli": 11,
+    "cli_report": 11, "cli_schema": 11, "cli_score": 11, "cli_study": 11, "cli_status": 11,
+    "watch": 11, "cli_vae": 11, "cli": 11,
 }  # fmt: skip
 ROOMS = {
     "mlflow": ("tracking.py", "tracking_store.py", "registry/"),

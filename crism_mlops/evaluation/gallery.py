@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from crism_mlops.evaluation.panels import CLASSES, ERROR_LIMIT, Case, classes_of, displayed, shrunk
 from crism_mlops.scenes.quicklook import NO_DATA
 
-# Pixels of a part's longer side, and WebP's quality: some 15 kB a scene.
-SIDE, QUALITY = 192, 80
 FOLDER, INDEX = "gallery", "gallery/gallery.json"
+# Pixels of a picture's longer side, and WebP's quality; smaller ones are kept as they are, since its colours have
+# half the resolution, which one sees in pictures that are enlarged.
+SIDE, QUALITY, SMALL = 192, 85, 96
 
 
-def strip(case: Case, row: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """A scene as one WebP, its parts from left to right, and what stands in it (plain JSON).
+def pictures(case: Case, row: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A scene's parts as WebP, all of one size, and what they show (plain JSON).
 
     Parts: input, truth and prediction stretched as a panel's; error, the mean absolute error of the channels, dark
     for 0 to bright for ERROR_LIMIT of 0..255 and more; carbonate (where the scene and the prediction have a mask) in
@@ -28,17 +29,16 @@ def strip(case: Case, row: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
 
     scene = case.pair.scene
     step = -(-max(scene.valid.shape) // SIDE)
-    parts: dict[str, NDArray[np.floating[Any]]] = {
-        name: np.where(np.isfinite(picture), picture, NO_DATA) for name, picture in displayed(case, step).items()
-    }
+    parts: dict[str, NDArray[np.floating[Any]]] = dict(displayed(case, step))
     error = shrunk(255.0 * np.abs(case.prediction - case.pair.truth).mean(axis=-1), scene.valid, step)
     coloured = colormaps["cividis"](np.clip(np.nan_to_num(error) / ERROR_LIMIT, 0.0, 1.0))[..., :3]
-    parts["error"] = np.where(np.isnan(error)[..., None], NO_DATA, coloured)
+    parts["error"] = np.where(np.isnan(error)[..., None], np.nan, coloured)
     classes = classes_of(case)
     shares: dict[str, float] = {}
     if classes is not None:
-        colours = np.where(scene.valid[..., None], np.array(list(CLASSES.values()))[classes], NO_DATA)
-        parts["carbonate"] = colours[::step, ::step]
+        # Not averaged: a mean of two classes is neither.
+        colours = np.array(list(CLASSES.values()))[classes]
+        parts["carbonate"] = np.where(scene.valid[..., None], colours, np.nan)[::step, ::step]
         counts = np.bincount(classes[scene.valid], minlength=len(CLASSES)) / max(int(scene.valid.sum()), 1)
         shares = {name: float(share) for name, share in zip(CLASSES, counts, strict=True)}
     height, width = parts["truth"].shape[:2]
@@ -47,8 +47,6 @@ def strip(case: Case, row: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
         "observation_id": scene.observation_id,
         "region": scene.region,
         "kind": scene.kind,
-        "longitude_deg": scene.longitude_deg,
-        "latitude_deg": scene.latitude_deg,
         "parts": list(parts),
         "height": height,
         "width": width,
@@ -59,29 +57,19 @@ def strip(case: Case, row: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
         # NaN is not JSON.
         "figures": {k: float(v) for k, v in row.items() if k.startswith("valid/") and np.isfinite(v)},
     }
-    return _webp(np.concatenate([part[:height, :width] for part in parts.values()], axis=1)), about
+    return {name: _webp(part, exact=name == "carbonate") for name, part in parts.items()}, about
 
 
-def parts_of(picture: bytes, about: Mapping[str, Any]) -> dict[str, bytes]:
-    """The parts of a `strip`, each a WebP of its own."""
+def picture_file(label: str, part: str) -> str:
+    """Where a run keeps a part's picture."""
+    return f"{FOLDER}/{label}-{part}.webp"
+
+
+def _webp(picture: NDArray[np.floating[Any]], *, exact: bool) -> bytes:
     from PIL import Image
 
-    width, height, found = about["width"], about["height"], {}
-    with Image.open(io.BytesIO(picture)) as whole:
-        for index, name in enumerate(about["parts"]):
-            part = whole.crop((index * width, 0, (index + 1) * width, height))
-            # Encoded for the second time: finer, so that nothing more is lost that one sees.
-            found[str(name)] = _encoded(part, 90)
-    return found
-
-
-def _webp(picture: NDArray[np.floating[Any]]) -> bytes:
-    from PIL import Image
-
-    return _encoded(Image.fromarray(np.round(255.0 * np.clip(picture, 0.0, 1.0)).astype(np.uint8)), QUALITY)
-
-
-def _encoded(image: Any, quality: int) -> bytes:
+    shown = np.where(np.isfinite(picture), picture, NO_DATA)
+    image = Image.fromarray(np.round(255.0 * np.clip(shown, 0.0, 1.0)).astype(np.uint8))
     file = io.BytesIO()
-    image.save(file, format="WEBP", quality=quality, method=6)
+    image.save(file, format="WEBP", lossless=exact or max(image.size) <= SMALL, quality=QUALITY, method=6)
     return file.getvalue()

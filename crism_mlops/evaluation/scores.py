@@ -178,9 +178,11 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def compared(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], protocol: str = "valid"
-) -> list[Difference]:
-    """Paired comparison of two tables' rows (of `ScoreTable.rows` or read back from MLflow) in the five metrics.
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], protocol: str = "valid",
+    metrics: Sequence[str] = METRICS,
+) -> list[Difference]:  # fmt: skip
+    """Paired comparison of two tables' rows (of `ScoreTable.rows` or read back from MLflow) in the five metrics, or
+    some of them.
 
     Raises EvaluationError where the tables hold other scenes, or another truth of one, naming them.
     """
@@ -199,7 +201,7 @@ def compared(
             "table (another target, range, mask or size); a paired comparison needs the same truth: score both on one "
             "data set"
         )
-    names = [m for m in METRICS if f"{protocol}/{m}" in first[0] and f"{protocol}/{m}" in second[0]]
+    names = [m for m in metrics if f"{protocol}/{m}" in first[0] and f"{protocol}/{m}" in second[0]]
     values = [{m: _column(rows, ids, f"{protocol}/{m}") for m in names} for rows in by_id]
     clusters = [str(by_id[0][i]["cluster"]) for i in ids]
     return compare(values[0], values[1], clusters, {m: error_sign(m) for m in names})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crism_mlops.config import error_sign
-from crism_mlops.errors import EvaluationError, TrackingError
+from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.inference import Difference, Interval, mean_interval
 from crism_mlops.evaluation.metrics import FIGURES, METRICS
 from crism_mlops.evaluation.scores import compared, slug
@@ -62,9 +62,12 @@ def read_scored(tracker: Tracker, run: RunInfo) -> Scored:
     return Scored(run, tuple(tracker.read_table(run.run_id, TABLE)))
 
 
-def paired(first: Scored, second: Scored, stratum: str, protocol: Measure) -> list[Difference]:
-    """First minus second, scene by scene. Raises EvaluationError where the scenes, or their truth, differ."""
-    return compared(first.of(stratum), second.of(stratum), protocol)
+def paired(
+    first: Scored, second: Scored, stratum: str, protocol: Measure, metrics: Sequence[str] = METRICS
+) -> list[Difference]:
+    """First minus second, scene by scene; Holm's correction over `metrics`. Raises EvaluationError where the scenes,
+    or their truth, differ."""
+    return compared(first.of(stratum), second.of(stratum), protocol, metrics)
 
 
 def against_published(scored: Scored, published: RunInfo) -> dict[str, Interval]:
@@ -85,18 +88,19 @@ def against_published(scored: Scored, published: RunInfo) -> dict[str, Interval]
 
 def check_metric(metric: str, protocol: Measure) -> None:
     """Raises EvaluationError for a metric that the protocol has not."""
-    if metric not in FIGURES[protocol]:
-        raise EvaluationError(f"no metric {metric!r} in protocol {protocol}; expected {', '.join(FIGURES[protocol])}")
+    known = [name for name in METRICS if name in FIGURES[protocol]]
+    if metric not in known:
+        raise EvaluationError(f"no metric {metric!r} in protocol {protocol}; expected {', '.join(known)}")
 
 
-def find_runs(tracker: Tracker, what: str) -> list[RunInfo]:
+def find_run(tracker: Tracker, what: str) -> RunInfo:
     """The run that a name means: a run's name or id, a study (its best trial), or a registered model
     (models:/NAME@ALIAS, models:/NAME/VERSION, NAME@ALIAS).
 
     Raises EvaluationError naming what there is.
     """
     if what.startswith("models:/") or "@" in what:
-        return [tracker.run(tracker.run_of_model(what if what.startswith("models:/") else f"models:/{what}"))]
+        return tracker.run(tracker.run_of_model(what if what.startswith("models:/") else f"models:/{what}"))
     studies = study_names(tracker)
     if what in studies:
         parents = tracker.find(crism_study=what, crism_kind="study")
@@ -106,9 +110,12 @@ def find_runs(tracker: Tracker, what: str) -> list[RunInfo]:
         )
         if best is None:
             raise EvaluationError(f"study {what!r} has no finished trial yet; name a run, or run more trials")
-        return [best]
+        return best
     runs = [r for r in tracker.find() if what in (r.run_id, r.name)]
     finished = [r for r in runs if r.status == "FINISHED"]
+    if len({(r.kind in ("floor", "ceiling"), r.params.get("inputs_digest", r.run_id)) for r in finished}) == 1:
+        # Several studies' floors of the same scenes and input, which have the same figures; or one run.
+        finished = finished[-1:]
     if len(finished) > 1:
         ids = ", ".join(r.run_id for r in finished[:4])
         raise EvaluationError(f"{what!r} is the name of {len(finished)} finished runs; give an id: {ids}")
@@ -118,15 +125,4 @@ def find_runs(tracker: Tracker, what: str) -> list[RunInfo]:
             f"{what!r} {state} in experiment {tracker.experiment!r}; its studies are {', '.join(studies) or 'none'}; "
             "crism-mlops status lists the runs"
         )
-    return finished
-
-
-def read_all(tracker: Tracker, runs: Sequence[RunInfo]) -> tuple[list[Scored], list[str]]:
-    """The tables by scene of those runs that have one, and why the others have none."""
-    found, lacking = [], []
-    for run in runs:
-        try:
-            found.append(read_scored(tracker, run))
-        except TrackingError as error:
-            lacking.append(f"{run.name}: {error}")
-    return found, lacking
+    return finished[0]

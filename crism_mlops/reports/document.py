@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A table's cell: how it is shown, and where it is a figure its value, to be sorted and written to CSV."""
+    """A table's cell: how it is shown, and where it is a figure its value (and interval, where it has one), to be
+    sorted and written to CSV in full."""
 
     text: str
     value: float | None = None
-
-    @property
-    def plain(self) -> str | float:
-        """For CSV: the figure in full where there is one."""
-        return self.text if self.value is None else self.value
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +93,16 @@ class Code:
     file: str | None = None
 
 
+class Format(StrEnum):
+    """What a report can be written as."""
+
+    html = "html"
+    md = "md"
+    pdf = "pdf"
+    csv = "csv"
+    tex = "tex"
+
+
 Block = Table | Picture | Gallery | Text | Code
 
 
@@ -115,16 +124,25 @@ class Document:
     subtitle: str
     sections: tuple[Section, ...]
 
-    def of(self, kind: type[Table] | type[Picture] | type[Gallery]) -> list[Block]:
-        """All blocks of a kind, in order."""
-        return [b for section in self.sections for b in section.blocks if isinstance(b, kind)]
+    @property
+    def blocks(self) -> list[Block]:
+        """Everything in it, in order."""
+        return [block for section in self.sections for block in section.blocks]
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables, in order."""
+        return [block for block in self.blocks if isinstance(block, Table)]
 
 
 def number(value: float | None, metric: str = "") -> Cell:
-    """A figure as the field writes it: RMSE with two decimals, others with three; - where there is none."""
+    """A figure as the field writes it: RMSE with two decimals, cosine, which is always near 1, with four, others with
+    three; - where there is none."""
     if value is None or not math.isfinite(value):
         return Cell("-")
-    return Cell(f"{value:.2f}" if metric.rsplit("/", 1)[-1].startswith("rmse") else f"{value:.3f}", value)
+    name = metric.rsplit("/", 1)[-1]
+    digits = 2 if name.startswith("rmse") else 4 if name == "cosine" else 3
+    return Cell(f"{value:.{digits}f}", value)
 
 
 def bounded(value: float, low: float, high: float, metric: str = "") -> Cell:
@@ -133,7 +151,8 @@ def bounded(value: float, low: float, high: float, metric: str = "") -> Cell:
         return Cell("-")
     if not (math.isfinite(low) and math.isfinite(high)):
         return Cell(f"{number(value, metric).text} (no interval: too few)", value)
-    return Cell(f"{number(value, metric).text} [{number(low, metric).text}, {number(high, metric).text}]", value)
+    text = f"{number(value, metric).text} [{number(low, metric).text}, {number(high, metric).text}]"
+    return Cell(text, value, low, high)
 
 
 def words(items: Sequence[str]) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 from crism_mlops.config import error_sign
 from crism_mlops.tracking import RunInfo
 
-# Numbers of more values than this are put into bins of about equally many trials.
-MOST_LEVELS, BINS = 6, 3
+# Numbers of more values than this, or of which most trials have one of their own, are put into at most BINS ranges
+# of about equally many trials: of three or more where there are so many.
+MOST_LEVELS, BINS, FEWEST = 6, 3, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class Effect:
     key: str
     levels: tuple[Level, ...]
     spread: float
+
+    @property
+    def told(self) -> bool:
+        """Whether two levels have trials enough to be spoken of."""
+        return sum(level.trials >= FEWEST for level in self.levels) > 1
 
 
 def effects(trials: Sequence[RunInfo], keys: Sequence[str], objective: str) -> list[Effect]:
@@ -65,12 +71,19 @@ def _levels(key: str, runs: Sequence[RunInfo]) -> list[tuple[str, list[RunInfo]]
     """Words and trials of each level: values as they are, or, of many numbers, ranges."""
     texts = {r.run_id: r.params[key] for r in runs}
     numbers = {run_id: number for run_id, text in texts.items() if (number := _number(text)) is not None}
-    if len(numbers) < len(texts) or len(set(numbers.values())) <= MOST_LEVELS:
+    values = set(numbers.values())
+    if len(numbers) < len(texts) or (len(values) <= MOST_LEVELS and 2 * len(values) <= len(texts)):
         order = sorted(set(texts.values()), key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
-        return [(text, [r for r in runs if texts[r.run_id] == text]) for text in order]
+        shown = {text: text if (value := _number(text)) is None else f"{value:.3g}" for text in order}
+        return [(shown[text], [r for r in runs if texts[r.run_id] == text]) for text in order]
     ranked = sorted(runs, key=lambda r: numbers[r.run_id])
-    parts = [[ranked[i] for i in part] for part in np.array_split(np.arange(len(ranked)), BINS)]
-    return [(f"{numbers[part[0].run_id]:.3g} to {numbers[part[-1].run_id]:.3g}", part) for part in parts if part]
+    count = min(max(len(ranked) // FEWEST, 2), BINS)
+    parts = [[ranked[i] for i in part] for part in np.array_split(np.arange(len(ranked)), count)]
+    return [(_range(numbers[part[0].run_id], numbers[part[-1].run_id]), part) for part in parts if part]
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
 
 def _number(text: str) -> float | None:
@@ -84,7 +97,7 @@ def _number(text: str) -> float | None:
 def _interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
     from scipy import stats
 
-    if len(values) < 3:
+    if len(values) < FEWEST:
         return math.nan, math.nan
     half = float(stats.t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return float(values.mean()) - half, float(values.mean()) + half

@@ -14,7 +14,7 @@ from crism_mlops.config_text import read_yaml
 from crism_mlops.errors import CrismError, StudyError, TrackingError, one_line
 from crism_mlops.studies.ledger import own
 from crism_mlops.studies.overview import stored_sweep
-from crism_mlops.studies.storage import SearchStore, load_study
+from crism_mlops.studies.storage import SearchStore, load_study, open_store
 from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders
 
 if TYPE_CHECKING:
@@ -182,3 +182,23 @@ def searched_keys(record: StudyRecord) -> list[str]:
         for key in sorted({k for r in record.trials for k in r.params if k.split(".")[0] in ("data", "train", "model")})
     }
     return [key for key, found in values.items() if len(found) > 1]
+
+
+def experiment_of(study: str | None, storage: str | None) -> str:
+    """The experiment that a study names in the search database; crism where it does not."""
+    if study is not None:
+        try:
+            return str(load_study(open_store(storage, 0.0, create=False), study).user_attrs["crism.experiment"])
+        except (StudyError, KeyError):
+            pass  # MLflow alone tells as well, if the experiment is the default one.
+    return "crism"
+
+
+def search_store(storage: str | None) -> tuple[SearchStore | None, str]:
+    """The search database, or None and why it cannot be had. Raises StudyError for one that was asked for."""
+    try:
+        return open_store(storage, 0.0, create=False), ""
+    except StudyError as error:
+        if storage is not None:
+            raise
+        return None, str(error)

@@ -21,7 +21,7 @@ from crism_mlops.dataset.prompts import scene_lacks, scene_prompt
 from crism_mlops.dataset.variants import channels
 from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
-from crism_mlops.evaluation.gallery import FOLDER, INDEX, strip
+from crism_mlops.evaluation.gallery import INDEX, picture_file, pictures
 from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.evaluation.panels import Case, calibration_figure, panel
 from crism_mlops.evaluation.scores import ScoreTable, as_csv
@@ -400,10 +400,10 @@ def log_gallery(tracker: Tracker, run_id: str, cases: Sequence[Case], table: Sco
     index = []
     for case in cases:
         if case.label in SHOWN:
-            picture, about = strip(case, rows[case.pair.scene.observation_id])
-            file = f"{FOLDER}/{case.label}.webp"
-            tracker.content(run_id, picture, file)
-            index.append({**about, "file": file})
+            parts, about = pictures(case, rows[case.pair.scene.observation_id])
+            for name, picture in parts.items():
+                tracker.content(run_id, picture, picture_file(case.label, name))
+            index.append(about)
     tracker.text(run_id, json.dumps(index, indent=1), INDEX)
 
 

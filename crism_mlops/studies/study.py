@@ -248,6 +248,7 @@ def closing(desk: Desk) -> Iterator[None]:
         raise
     if not _last(desk):
         return
+    desk.listener.closed(desk)
     if desk.heart.wanted:
         tracker.stop(parent, desk.heart.wanted.split()[0])
         return

@@ -75,6 +75,8 @@ class Listener:
     idle: Callable[[str], None] = lambda why: None
     say: Callable[[str], None] = log.warning
     doing: Callable[[], Mapping[str, Any]] = dict
+    # The study has ended, or stopped, and this was its last worker.
+    closed: Callable[[Desk], None] = lambda desk: None
     hooks: Hooks = field(default_factory=Hooks)
 
 
