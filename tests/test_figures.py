@@ -22,13 +22,13 @@ from matplotlib.text import Text
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from crism_mlops.config import SweepConfig, load_sweep
-from crism_mlops.reports import course, pairs, searched
+from crism_mlops.reports.drawn import course, pairs, searched
+from crism_mlops.reports.drawn.importance import importances
+from crism_mlops.reports.drawn.keys import keys_of_search, plain
+from crism_mlops.reports.drawn.reading import Reading, read_study
+from crism_mlops.reports.drawn.style import literal, styled, width_of, wrapped
+from crism_mlops.reports.drawn.window import window
 from crism_mlops.reports.figures import CAPTIONS, TITLES, Figures, rendered, study_figures
-from crism_mlops.reports.importance import importances
-from crism_mlops.reports.keys import keys_of_search, plain
-from crism_mlops.reports.reading import Reading, read_study
-from crism_mlops.reports.style import literal, styled, width_of, wrapped
-from crism_mlops.reports.window import window
 from crism_mlops.studies.ledger import COPIED, REPEAT
 from crism_mlops.studies.search_space import distributions
 

@@ -1,1 +1,1 @@
-"""Tables for the terminal."""
+"""Studies and runs for people: figures, reports, tables, the live view."""

@@ -14,10 +14,10 @@ import optuna
 from matplotlib.figure import Figure
 
 from crism_mlops.config import SweepConfig
-from crism_mlops.reports import course, pairs, searched
-from crism_mlops.reports.importance import importance_figure, importances
-from crism_mlops.reports.reading import read_study
-from crism_mlops.reports.style import rendered, styled
+from crism_mlops.reports.drawn import course, pairs, searched
+from crism_mlops.reports.drawn.importance import importance_figure, importances
+from crism_mlops.reports.drawn.reading import read_study
+from crism_mlops.reports.drawn.style import rendered, styled
 
 __all__ = ["CAPTIONS", "TITLES", "Figures", "rendered", "study_figures"]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from crism_mlops.config import SweepConfig, error_sign
-from crism_mlops.reports.keys import Key, keys_of_search
+from crism_mlops.reports.drawn.keys import Key, keys_of_search
 from crism_mlops.studies.ledger import COPIED, REPEAT, STATE, own
 from crism_mlops.studies.queue import feasible
 

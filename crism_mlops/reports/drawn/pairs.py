@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
 from crism_mlops.config import error_sign
-from crism_mlops.reports.keys import Key, legend_notes
-from crism_mlops.reports.reading import Reading, axis_label
-from crism_mlops.reports.searched import NOTHING, colour_bar, dress, palette, scale_of
-from crism_mlops.reports.style import BLACK, BLUE, GREY, blank, finish, number
-from crism_mlops.reports.window import edge_marks, window
+from crism_mlops.reports.drawn.keys import Key, legend_notes
+from crism_mlops.reports.drawn.reading import Reading, axis_label
+from crism_mlops.reports.drawn.searched import NOTHING, colour_bar, dress, palette, scale_of
+from crism_mlops.reports.drawn.style import BLACK, BLUE, GREY, blank, finish, number
+from crism_mlops.reports.drawn.window import edge_marks, window
 from crism_mlops.studies.queue import feasible
 
 _ENOUGH = 12  # different places of two numbers, from which a surface between them is more than a guess

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from crism_mlops.reports.style import BLACK, LINE, literal, number, wrapped
+from crism_mlops.reports.drawn.style import BLACK, LINE, literal, number, wrapped
 
 # The share of the axis that trials keep, however far off the lines are.
 _KEPT = 0.33

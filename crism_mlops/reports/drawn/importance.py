@@ -13,9 +13,9 @@ from matplotlib.ticker import FuncFormatter
 from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, create_trial
 
-from crism_mlops.reports.reading import Reading
-from crism_mlops.reports.style import BLUE, blank, finish
-from crism_mlops.reports.window import window
+from crism_mlops.reports.drawn.reading import Reading
+from crism_mlops.reports.drawn.style import BLUE, blank, finish
+from crism_mlops.reports.drawn.window import window
 
 LEAST = 4  # finished trials
 FEW = 20  # finished trials, below which shares are a hint

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from crism_mlops.config_search import Search
-from crism_mlops.reports.style import literal, width_of
+from crism_mlops.reports.drawn.style import literal, width_of
 from crism_mlops.studies.search_space import distributions
 
 # Inches of the narrowest axis on which the labels of a choice stand side by side; letters stand for longer ones.

@@ -15,10 +15,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
 from crism_mlops.config import error_sign
-from crism_mlops.reports.keys import plain
-from crism_mlops.reports.reading import Reading, axis_label, drawable, state_of
-from crism_mlops.reports.style import BLACK, BLUE, GREY, STATES, blank, finish
-from crism_mlops.reports.window import Window, beyond, draw_lines, edge_marks, room_for, window
+from crism_mlops.reports.drawn.keys import plain
+from crism_mlops.reports.drawn.reading import Reading, axis_label, drawable, state_of
+from crism_mlops.reports.drawn.style import BLACK, BLUE, GREY, STATES, blank, finish
+from crism_mlops.reports.drawn.window import Window, beyond, draw_lines, edge_marks, room_for, window
 from crism_mlops.studies.ledger import ATTEMPTS
 from crism_mlops.studies.queue import feasible
 

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from optuna.trial import FrozenTrial
 
-from crism_mlops.reports.keys import Key, heading, legend_notes
-from crism_mlops.reports.reading import Reading, axis_label
-from crism_mlops.reports.style import BLACK, BLUE, blank, colours, finish, number
-from crism_mlops.reports.window import Window, beyond, edge_marks, window
+from crism_mlops.reports.drawn.keys import Key, heading, legend_notes
+from crism_mlops.reports.drawn.reading import Reading, axis_label
+from crism_mlops.reports.drawn.style import BLACK, BLUE, blank, colours, finish, number
+from crism_mlops.reports.drawn.window import Window, beyond, edge_marks, window
 from crism_mlops.studies.queue import feasible
 
 NOTHING = "no key of the search has more than one value"

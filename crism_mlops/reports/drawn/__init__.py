@@ -1,0 +1,1 @@
+"""The drawings of a study, each on its own; reports/figures.py puts them together."""
