@@ -4,6 +4,7 @@ floors, a ceiling, published rows, an audit. Both stores are real, the training 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from crism_mlops.dataset.manifest import Manifest
 from crism_mlops.evaluation.metrics import FIGURES
 from crism_mlops.evaluation.panels import Case
 from crism_mlops.evaluation.scores import ScoreTable
+from crism_mlops.scenes.scene import Scene
 from crism_mlops.studies.run import Hooks, TrackedRun, log_gallery
 from crism_mlops.tracking import Kind, Tracker
 
 SCENES = 16
+SMALL = small_scenes()
 REGIONS = ("nili_fossae", "jezero_crater")
 PROMPT = "Longitude: {longitude}, Latitude: {latitude}, predict carbonates if present"
 REFERENCES: tuple[tuple[str, Kind, float], ...] = (
@@ -104,7 +107,8 @@ def cases(manifest: Manifest) -> list[Case]:
     for label, index in (("best", 0), ("median", 1), ("worst", 2)):
         pair = pairs[index]
         prediction = np.clip(pair.truth + np.float32(0.05), 0.0, 1.0)
-        found.append(Case(label, pair, prediction))
+        mask = pair.scene.carbonate
+        found.append(Case(label, pair, prediction, None if mask is None else np.roll(mask, 3, axis=0)))
     return found
 
 
@@ -134,10 +138,10 @@ def floors(tracker: Tracker, study: str = "small") -> None:
             tracker.end(run_id, "FINISHED")
 
 
-def finished(bench: Bench, **changes: Any) -> SweepConfig:
+def finished(bench: Bench, scenes: Sequence[Scene] = SMALL, **changes: Any) -> SweepConfig:
     """Run a study of six trials, with floors."""
     sweep = report_sweep(**changes)
-    bench.run(sweep, scenes=small_scenes())
+    bench.run(sweep, scenes=scenes)
     floors(bench.tracker, sweep.study)
     return sweep
 
