@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import socket
@@ -17,6 +16,7 @@ import click
 import pytest
 import typer
 import yaml
+from console import Ran, console
 from trackers import logged_trial, tracking_store
 
 from crism_mlops import __version__, cli
@@ -30,43 +30,15 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 QUICKSTART = ROOT / "sweeps" / "quickstart-unet.yaml"
 
 
-class Ran:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def error(self) -> str:
-        """The one line of an error; fails where there is another one, or anything on standard output."""
-        assert self.code == 1, f"exit code {self.code}\n{self.out}{self.err}"
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: ")
-        assert self.out == ""
-        return lines[0]
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """Calls the console script's function in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words: object) -> Ran:
-        capsys.readouterr()
         # Absolute, as MLflow keeps connections by URI; set anew, as it writes the last one into the environment.
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
-        monkeypatch.setattr(sys, "argv", ["crism-mlops", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
+        return console(words, monkeypatch, capsys)
 
     return call
 
