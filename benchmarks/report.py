@@ -1,6 +1,6 @@
 """What a study of 100 trials leaves in the store, and what its report weighs and takes.
 
-`python benchmarks/report.py [--trials 100] [--scenes 60] [--size 256]`: simulated scenes and the whole engine on SQLite;
+`python benchmarks/report.py [--trials 100] [--scenes 60] [--size 256]`: simulated scenes, the whole engine, SQLite;
 instead of training, a trial predicts the truth with noise that follows from its settings. What it logs is what a real
 trial logs: pictures of validation scenes, tables by scene, the panel, the gallery (scenes are scored once, and each
 trial's table differs by its noise). The logged models, which are what a user wants to keep, are not counted.
@@ -37,7 +37,6 @@ class Noisy:
     ) -> Any:
         from crism_mlops.evaluation.evaluate import Predicted, score_pairs
         from crism_mlops.studies import run as trial
-        from crism_mlops.studies.trial import CancelledTrial  # noqa: F401 -- what `hooks.report` may raise is left to it
 
         work.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(config.seed)

@@ -21,6 +21,8 @@ from crism_mlops.reports.summary import sentences
 from crism_mlops.studies.storage import SearchStore
 from crism_mlops.tracking import Tracker
 
+_RULE, _LONGEST = "\n\n---\n\n", 3000
+
 
 def log_report(tracker: Tracker, name: str, store: SearchStore | None) -> str:
     """Log a study's summary (its description and summary.md), figures/*.png and .pdf, and tables/*.json on its own
@@ -33,7 +35,9 @@ def log_report(tracker: Tracker, name: str, store: SearchStore | None) -> str:
     if parent is None:
         raise StudyError(f"study {name!r} has no run of its own in MLflow (deleted?): restore it, then log the report")
     text = "\n\n".join([*sentences(findings), *findings.lacking])
-    tracker.tags(parent.run_id, {"mlflow.note.content": text})
+    # What the study says of itself stays below; an earlier summary goes.
+    own = parent.tags.get(NOTE, "").rpartition(_RULE)[2]
+    tracker.tags(parent.run_id, {NOTE: f"{text[:_LONGEST]}{_RULE}{own}" if own else text[:_LONGEST]})
     tracker.text(parent.run_id, f"{text}\n", "summary.md")
     for key, figure in findings.figures.made.items():
         for kind in ("png", "pdf"):
