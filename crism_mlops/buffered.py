@@ -166,7 +166,7 @@ class BufferedTracker(Tracker):
         try:
             with translated(self.uri):
                 if len(together) > 1:
-                    self._send_metrics(together[0]["run"], [row for op in together for row in op["metrics"]])
+                    self._send({**together[0], "metrics": [row for op in together for row in op["metrics"]]}, None)
                 else:
                     payload = self._outbox.payload(together[0]).read_bytes() if "payload" in together[0] else None
                     self._send(together[0], payload)

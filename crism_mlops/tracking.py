@@ -13,19 +13,17 @@ import tempfile
 import time
 import traceback
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from hashlib import sha256
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from crism_mlops.errors import TrackingError, one_line
+from crism_mlops.tracking_send import send
 from crism_mlops.tracking_store import (
     DEFAULT_ROOT,
     Outage,
@@ -67,14 +65,8 @@ _READING = "crism.test_reading."
 REPEAT_OF = "crism.repeat_of"  # on a trial that repeats another one with another seed: that one's number
 INFEASIBLE = "crism.infeasible"  # on a finished trial that breaks a constraint of its study: which, and by how much
 Status = Literal["FINISHED", "KILLED", "FAILED", "RUNNING"]
-MODEL_CODE = Path(__file__).parent / "registry" / "pyfunc.py"
 _MAX_PARAM = 6000
-# What MLflow takes in one call.
-_METRICS_A_CALL, _ITEMS_A_CALL = 1000, 100
 _REQUEST = "crism.request"
-_CHECKPOINT = "crism.checkpoint_digest"
-# Where MLflow's UI looks for what it shows as a table.
-_TABLES = "mlflow.loggedArtifacts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,43 +192,7 @@ class Tracker:
 
     def _send(self, op: Mapping[str, Any], payload: bytes | None) -> None:
         """Tell MLflow. Of every operation the second time changes nothing."""
-        run_id = op["run"]
-        match op["op"]:
-            case "metrics":
-                self._send_metrics(run_id, op["metrics"])
-            case "params":
-                from mlflow.entities import Param
-
-                for part in _parts(op["params"].items(), _ITEMS_A_CALL):
-                    self.client.log_batch(run_id, params=[Param(k, v) for k, v in part])
-            case "tags":
-                from mlflow.entities import RunTag
-
-                for part in _parts(op["tags"].items(), _ITEMS_A_CALL):
-                    self.client.log_batch(run_id, tags=[RunTag(k, v) for k, v in part])
-            case "file" if payload is not None:
-                self._send_file(run_id, payload, op["file"], op["table"])
-            case other:
-                raise TrackingError(f"cannot tell MLflow {other!r}: written by another version, or damaged")
-
-    def _send_metrics(self, run_id: str, rows: Sequence[Sequence[Any]]) -> None:
-        from mlflow.entities import Metric
-
-        for part in _parts(rows, _METRICS_A_CALL):
-            self.client.log_batch(run_id, metrics=[Metric(*row) for row in part])
-
-    def _send_file(self, run_id: str, content: bytes, file: str, table: bool) -> None:
-        place = PurePosixPath(file)
-        within = None if place.parent == PurePosixPath(".") else str(place.parent)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / place.name
-            path.write_bytes(content)
-            self.client.log_artifact(run_id, str(path), within)
-        if table:
-            known = json.loads(self.client.get_run(run_id).data.tags.get(_TABLES, "[]"))
-            entry = {"path": file, "type": "table"}
-            if entry not in known:
-                self.client.set_tag(run_id, _TABLES, json.dumps([*known, entry]))
+        send(self.client, op, payload)
 
     def _create(self) -> Any:
         from mlflow.exceptions import MlflowException
@@ -381,51 +337,11 @@ class Tracker:
         A model of this run with the same bytes, metadata and channels is not logged twice: where an attempt
         that got no answer has left a whole one, that is it.
         """
-        digest = _model_digest(checkpoint, metadata, channels)
-        return self._ask(lambda: self._log_model(run_id, checkpoint, metadata, channels, digest))
+        from crism_mlops.tracking_model import log_model, model_digest
 
-    def _log_model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int, digest: str) -> str:
-        import mlflow
-        from mlflow.models import Model
-
-        from crism_mlops import __version__
-
-        pins = [f"crism-mlops=={__version__}", *(_pin(p) for p in ("torch", "diffusers", "transformers", "mlflow"))]
-        same = f"source_run_id = '{run_id}' AND tags.`{_CHECKPOINT}` = '{digest}'"
-        known = self.client.search_logged_models([self.experiment_id], filter_string=same)
-        for model in known:
-            if str(model.status) == "READY":
-                return str(model.model_id)
-        for model in known:
-            # Begun by an attempt that got no answer. Not to be taken up: MLflow links a model to its run once.
-            self.client.delete_logged_model(model.model_id)
-        model = self.client.create_logged_model(
-            self.experiment_id,
-            "model",
-            source_run_id=run_id,
-            tags={_CHECKPOINT: digest},
-            params=self.client.get_run(run_id).data.params,
-        )
-        with warnings.catch_warnings():
-            # MLflow asks for an input example: the signature says it all, and a scene is megabytes of JSON.
-            warnings.filterwarnings("ignore", message=".*[Ii]nput example.*", category=UserWarning)
-            # The store that MLflow's functions without a client use is the last tracker's; this is ours.
-            mlflow.set_tracking_uri(self.uri)
-            # Not mlflow.pyfunc.log_model, which takes no run: it needs mlflow.start_run, and that calls the run
-            # finished for a moment and is in the way of the next attempt when the server goes away within.
-            Model.log(
-                artifact_path=None,
-                name="model",
-                flavor=mlflow.pyfunc,
-                run_id=run_id,
-                model_id=model.model_id,
-                python_model=str(MODEL_CODE),
-                artifacts={"checkpoint": str(checkpoint)},
-                signature=_signature(channels),
-                metadata=dict(metadata),
-                pip_requirements=pins,
-            )
-        return str(model.model_id)
+        digest = model_digest(checkpoint, metadata, channels)
+        where = (self.client, self.uri, self.experiment_id)
+        return self._ask(lambda: log_model(*where, run_id, checkpoint, metadata, channels, digest))
 
     def end(self, run_id: str, status: Status) -> None:
         """Give a run its final status."""
@@ -509,49 +425,6 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _signature(channels: int) -> Any:
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    images = Schema([TensorSpec(np.dtype(np.float32), (-1, -1, -1, channels), name=None)])
-    output = Schema([TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3), name=None)])
-    params = ParamSchema(
-        [
-            ParamSpec("prompt", "string", None),
-            ParamSpec("longitude", "double", None),
-            ParamSpec("latitude", "double", None),
-            ParamSpec("location", "string", None),
-            ParamSpec("seed", "long", None),
-        ]
-    )
-    return ModelSignature(inputs=images, outputs=output, params=params)
-
-
-def _model_digest(checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:
-    """Of all that a logged model is made of."""
-    digest = sha256(json.dumps([metadata, channels], sort_keys=True, default=str).encode())
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        digest.update(f"\0{path.relative_to(checkpoint).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _parts(items: Any, size: int) -> Iterator[list[Any]]:
-    """Items, so many at a time."""
-    left = iter(items)
-    while part := list(islice(left, size)):
-        yield part
-
-
-def _pin(package: str) -> str:
-    from importlib.metadata import version
-
-    return f"{package}=={version(package).split('+')[0]}"
 
 
 def _info(run: Any) -> RunInfo:
