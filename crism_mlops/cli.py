@@ -131,11 +131,20 @@ def ui(
     import socket
 
     from crism_mlops.errors import TrackingError
-    from crism_mlops.tracking import DEFAULT_ROOT, default_tracking_uri, shown, sqlite_path
+    from crism_mlops.tracking import DEFAULT_ROOT, connect, default_tracking_uri, shown, sqlite_path, translated
+    from crism_mlops.tracking_view import dress_all
+
+    def links(base: str) -> None:
+        client = connect(uri)
+        with translated(uri):
+            found = dress_all(client)
+        for name, way in found.items():
+            typer.echo(f"  {name}: {base.rstrip('/')}{way}")
 
     uri = tracking_uri or default_tracking_uri()
     if uri.startswith(("http://", "https://")):
         typer.echo(f"the tracking store is a server with a UI of its own: {shown(uri)}")
+        links(shown(uri))
         return
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
@@ -147,6 +156,7 @@ def ui(
         except OSError as error:
             raise TrackingError(f"cannot listen on {host}:{port} ({error.strerror}); try another --port") from error
     typer.echo(f"MLflow UI over {shown(uri)}: http://{host}:{port} (Ctrl-C stops it)")
+    links(f"http://{host}:{port}")
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
     # The server starts helpers by name: the environment's own commands must be found.

@@ -51,7 +51,7 @@ def status(
         out.print(headline(one), highlight=False, soft_wrap=True)
         for line in [*_search_lines(one["search"]), *against_floors(one, every)]:
             out.print(f"  {line}", highlight=False, soft_wrap=True)
-    where = tracker.ui_url() or "crism-mlops ui, then open http://127.0.0.1:5000"
+    where = tracker.ui_url() or f"crism-mlops ui, then open http://127.0.0.1:5000{tracker.ui_path()}"
     out.print(f"compare runs in the MLflow UI: {where}", highlight=False, soft_wrap=True)
 
 

@@ -38,6 +38,7 @@ from crism_mlops.tracking_store import (
     sqlite_path,
     translated,
 )
+from crism_mlops.tracking_view import dress, experiment_path, wanted_tags
 
 if TYPE_CHECKING:
     from crism_mlops.buffered import BufferedTracker
@@ -133,6 +134,8 @@ class Tracker:
             found = self.client.get_experiment_by_name(experiment)
             if found is None and create:
                 found = self._create()
+            if found is not None and create and found.lifecycle_stage == "active":
+                dress(self.client, found)
         if found is None:
             names = sorted(e.name for e in self.client.search_experiments() if e.name != "Default")
             raise TrackingError(
@@ -200,7 +203,9 @@ class Tracker:
         folder = artifact_folder(self.uri, self.experiment)
         try:
             self.client.create_experiment(
-                self.experiment, artifact_location=None if folder is None else folder.as_uri()
+                self.experiment,
+                artifact_location=None if folder is None else folder.as_uri(),
+                tags=wanted_tags(None, {}),
             )
         except MlflowException as error:
             # Of two processes at one server the other one was faster.
@@ -403,11 +408,14 @@ class Tracker:
             return str(self._ask(lambda: self.client.get_logged_model(name)).source_run_id)
         return str(version.tags.get("crism.run_id") or version.run_id)
 
+    def ui_path(self) -> str:
+        """Where the experiment's runs are seen, from the address of MLflow's UI on."""
+        tags = self._ask(lambda: self.client.get_experiment(self.experiment_id).tags)
+        return experiment_path(self.experiment_id, tags)
+
     def ui_url(self) -> str | None:
-        """Where the experiment is seen, if the store is a server."""
-        return (
-            f"{shown(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}" if self.uri.startswith("http") else None
-        )
+        """Where the experiment's runs are seen, if the store is a server."""
+        return shown(self.uri).rstrip("/") + self.ui_path() if self.uri.startswith("http") else None
 
 
 @cache
