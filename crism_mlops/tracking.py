@@ -15,7 +15,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from crism_mlops.errors import TrackingError, one_line
+from crism_mlops.tracking_data import DataSet
 from crism_mlops.tracking_send import send
 from crism_mlops.tracking_store import (
     DEFAULT_ROOT,
@@ -266,6 +267,16 @@ class Tracker:
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags."""
         self._tell({"op": "tags", "run": run_id, "tags": {k: str(v) for k, v in tags.items()}})
+
+    def data(self, run_id: str, sets: Sequence[DataSet]) -> None:
+        """Tell what data sets a run uses."""
+        self._tell({"op": "inputs", "run": run_id, "sets": [asdict(one) for one in sets]})
+
+    def scored(self, run_id: str, model_id: str, sets: Mapping[str, DataSet]) -> None:
+        """Give a logged model the run's last figures: those named in `sets`, or that begin with "NAME/", as figures
+        on that data set."""
+        data = {name: [one.name, one.digest] for name, one in sets.items()}
+        self._tell({"op": "scored", "run": run_id, "model": model_id, "sets": data})
 
     def text(self, run_id: str, text: str, file: str) -> None:
         """Log a text artifact."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -37,6 +38,10 @@ def send(client: Any, op: Mapping[str, Any], payload: bytes | None) -> None:
             _file(client, run_id, payload, op["file"])
             if op["table"]:
                 _as_table(client, run_id, op["file"])
+        case "inputs":
+            _inputs(client, run_id, op["sets"])
+        case "scored":
+            _scored(client, run_id, op["model"], op["sets"])
         case other:
             raise TrackingError(f"cannot tell MLflow {other!r}: written by another version, or damaged")
 
@@ -46,6 +51,38 @@ def _metrics(client: Any, run_id: str, rows: Sequence[Sequence[Any]]) -> None:
 
     for part in _parts(rows, _METRICS_A_CALL):
         client.log_batch(run_id, metrics=[Metric(*row) for row in part])
+
+
+def _inputs(client: Any, run_id: str, sets: Sequence[Mapping[str, str]]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    inputs = [
+        DatasetInput(
+            Dataset(**{key: value for key, value in one.items() if key != "context"}),
+            [InputTag("mlflow.data.context", one["context"])],
+        )
+        for one in sets
+    ]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException:
+        # Of two processes that begin with a new data set at once, a database refuses one: by now it is there.
+        client.log_inputs(run_id, inputs)
+
+
+def _scored(client: Any, run_id: str, model_id: str, sets: Mapping[str, Sequence[str]]) -> None:
+    from mlflow.entities import Metric
+
+    found = []
+    for metric in client.get_run(run_id).data._metric_objs:
+        data = sets.get(metric.key.partition("/")[0])
+        # Of a model, MLflow would keep a NaN as 0.
+        if data is not None and math.isfinite(metric.value):
+            row = (metric.key, metric.value, metric.timestamp, metric.step)
+            found.append(Metric(*row, model_id=model_id, dataset_name=data[0], dataset_digest=data[1]))
+    for part in _parts(found, _METRICS_A_CALL):
+        client.log_batch(run_id, metrics=part)
 
 
 def _file(client: Any, run_id: str, content: bytes, file: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,22 @@ class Manifest:
         scenes = self.of(name)
         stored = build_samples(scenes, self.data, self.transform, self.seed, where, on_scene)
         return Samples(scenes, stored, self.data, self.seed)
+
+    def profile(self, name: SplitName) -> dict[str, Any]:
+        """Of a split: its scenes, their valid pixels, and how many there are of each kind and region."""
+        if name not in self._profiles:
+            scenes = self.of(name)
+            self._profiles[name] = {
+                "scenes": len(scenes),
+                "pixels": sum(int(scene.valid.sum()) for scene in scenes),
+                "kinds": dict(Counter(scene.kind for scene in scenes)),
+                "regions": dict(Counter(scene.region for scene in scenes)),
+            }
+        return self._profiles[name]
+
+    @cached_property
+    def _profiles(self) -> dict[str, dict[str, Any]]:
+        return {}
 
     @cached_property
     def scenes_digest(self) -> str:

@@ -10,6 +10,8 @@ from crism_mlops.dataset.manifest import Manifest, Pair
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.evaluate import Predicted, round_trips
 from crism_mlops.models.floors import CopyFloor, Floor, fit_boosted, fit_linear, fit_mean
+from crism_mlops.studies.data_sets import PARTS, data_sets
+from crism_mlops.studies.describe import describe_run, floor_text
 from crism_mlops.studies.run import Predict, build_model, log_test, log_validation, resolve_device
 from crism_mlops.tracking import Kind, Tracker
 
@@ -46,6 +48,8 @@ def log_floors(
         params = {"data.variant": variant, "data.normalization": normalization, "data_digest": manifest.digest,
                   "inputs_digest": manifest.inputs_digest}  # fmt: skip
         run_id = tracker.start(label, kind, {**tags, **own}, params, parent)
+        tracker.data(run_id, data_sets(manifest, PARTS if kind == "floor" else PARTS[1:]))
+        describe_run(tracker, run_id, floor_text(name, kind, config))
         try:
             predictor = floor_predictor(name, config, manifest)
             log_validation(tracker, run_id, manifest, predictor, config)
@@ -53,6 +57,7 @@ def log_floors(
         except Exception as error:
             tracker.fail(run_id, error)
             raise
+        describe_run(tracker, run_id, floor_text(name, kind, config, tracker.run(run_id)))
         tracker.end(run_id, "FINISHED")
 
 

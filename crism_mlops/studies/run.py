@@ -34,6 +34,7 @@ from crism_mlops.models.residual import fit_residual
 from crism_mlops.models.resume import ResumeFolder
 from crism_mlops.models.unet import UNet
 from crism_mlops.scenes.build import open_store
+from crism_mlops.studies.data_sets import PARTS, data_sets
 from crism_mlops.studies.input_vae import scenes_seen
 from crism_mlops.tracking import Tracker, flat_json
 from crism_mlops.training import train
@@ -153,6 +154,9 @@ def run_trial(
         model_id = tracker.model(
             run_id, best, model_card(config, manifest, checkpoint), channels=channels(config.data.variant)
         )
+        _, on_validation, on_test = data_sets(manifest)
+        scored = dict.fromkeys(("objective", "val"), on_validation) | dict.fromkeys(("test", "test_full"), on_test)
+        tracker.scored(run_id, model_id, scored)
         tracker.tags(run_id, {"crism.model_id": model_id, "crism.ended_by": fitted.ended})
     except (*INTERRUPTING, TrialEnded):
         raise
@@ -517,11 +521,12 @@ def model_card(config: RunConfig, manifest: Manifest, checkpoint: Checkpoint) ->
 
 
 def log_configuration(
-    tracker: Tracker, run_id: str, config: RunConfig, manifest: Manifest, searched: Collection[str] = ()
-) -> None:
-    """What a trial's results depend on: tags and params to find it by, the whole as an artifact.
+    tracker: Tracker, run_id: str, config: RunConfig, manifest: Manifest, searched: Collection[str] = (),
+    parts: Sequence[SplitName] = PARTS,
+) -> None:  # fmt: skip
+    """What a trial's results depend on: tags and params to find it by, the data sets, the whole as an artifact.
 
-    The searched keys are params already.
+    The searched keys are params already. The others that plots compare are there in every run, searched or not.
     """
     import torch
 
@@ -531,6 +536,8 @@ def log_configuration(
     params = {
         **variant,
         "train.learning_rate": config.train.learning_rate,
+        "model.prompt": getattr(config.model, "prompt", None),
+        "model.text_encoder": getattr(config.model, "text_encoder", None),
         "config_digest": config.digest,
         "data_digest": manifest.digest,
         "inputs_digest": manifest.inputs_digest,
@@ -540,6 +547,7 @@ def log_configuration(
     }
     # Of a trial that goes on: what it began with stays.
     tracker.params(run_id, {key: value for key, value in params.items() if key not in searched and key not in known})
+    tracker.data(run_id, data_sets(manifest, parts))
     tracker.text(run_id, flat_json(config.model_dump(mode="json")), "config.json")
 
 

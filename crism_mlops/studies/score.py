@@ -25,6 +25,7 @@ from crism_mlops.evaluation.scores import ScoreTable, compared
 from crism_mlops.models.checkpoint import CARD, Checkpoint, load_checkpoint
 from crism_mlops.models.instruct_pix2pix import InstructPix2Pix
 from crism_mlops.scenes.filters import filters_digest, load_filters
+from crism_mlops.studies.describe import describe_run, evaluation_text
 from crism_mlops.studies.floors import floor_predictor
 from crism_mlops.studies.images import image_file, read_image, resized
 from crism_mlops.studies.run import (
@@ -246,7 +247,8 @@ def _start(
     tags = {"crism.model": what, "crism.variant": manifest.data.variant,
             "crism.normalization": manifest.data.normalization}  # fmt: skip
     run_id = tracker.start(f"evaluate {what}", "evaluation", tags, {"what": what, "split": split, "resize": resize})
-    log_configuration(tracker, run_id, config, manifest)
+    log_configuration(tracker, run_id, config, manifest, parts=(split,))
+    describe_run(tracker, run_id, evaluation_text(what, split, resize))
     return run_id
 
 

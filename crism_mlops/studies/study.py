@@ -21,6 +21,7 @@ from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.scenes.scene import Scene
+from crism_mlops.studies.describe import describe_study, study_text
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.heart import Heart
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
@@ -313,9 +314,12 @@ def _log_totals(desk: Desk) -> None:
     best = {} if summary.best_value is None else {"best/objective": summary.best_value}
     tracker.metrics(desk.parent, {**figures, **best})
     trials = study.get_trials(deepcopy=False)
+    run_ids = {t.number: t.user_attrs.get(RUN_ID) for t in trials}
+    of_best = run_ids.get(-1 if summary.best_number is None else summary.best_number)
+    best_run = tracker.run(of_best) if of_best else None
+    describe_study(tracker, desk.parent, study_text(sweep, desk.manifest(sweep.data), summary, best_run))
     for number, means in seed_means(trials).items():
-        run_id = next(t.user_attrs.get("crism.run_id") for t in trials if t.number == number)
-        if run_id:
+        if run_id := run_ids[number]:
             tracker.metrics(run_id, means.figures())
 
 
@@ -336,7 +340,9 @@ def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker
         tracker.reopen(known[-1].run_id)
         tracker.tags(known[-1].run_id, total)
         return known[-1].run_id
-    return tracker.start(sweep.study, "study", {**tags, **total}, params)
+    run_id = tracker.start(sweep.study, "study", {**tags, **total}, params)
+    describe_study(tracker, run_id, study_text(sweep, base))
+    return run_id
 
 
 def input_manifests(sweep: SweepConfig, scenes: Sequence[Scene], base: Manifest) -> dict[str, Manifest]:

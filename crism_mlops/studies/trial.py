@@ -47,6 +47,7 @@ from crism_mlops.errors import (
     one_line,
 )
 from crism_mlops.scenes.scene import Scene
+from crism_mlops.studies.describe import describe_run, trial_text
 from crism_mlops.studies.heart import Heart, Yielded
 from crism_mlops.studies.ledger import ATTEMPTS, REPEAT, end_attempt
 from crism_mlops.studies.run import INTERRUPTING, Hooks, TrackedRun, TrialEnded, log_configuration, run_trial
@@ -188,10 +189,12 @@ def _run(desk: Desk, trial: optuna.Trial, run_id: str) -> tuple[str, float | Non
             config = sweep.run_config({**choices, "seed": seed})
             manifest = desk.manifest(config.data)
             log_configuration(tracker, run_id, config, manifest, choices)
+            describe_run(tracker, run_id, trial_text(sweep, number, config, choices))
             work = desk.work / f"{number:04d}"
             done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
             _constrain(sweep, trial, done, tracker)
             values = _values(sweep, done)
+            describe_run(tracker, run_id, trial_text(sweep, number, config, choices, tracker.run(run_id)))
         except INTERRUPTING:
             raise
         except database_errors():
@@ -246,7 +249,10 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
     }
     if REPEAT in trial.user_attrs:
         tags[REPEAT_OF] = str(trial.user_attrs[REPEAT])
-    params = {**labels(trial.params, sweep.search), **choices, "seed": seed, "git_commit": git_commit() or "unknown"}
+    params = {
+        **labels(trial.params, sweep.search), **typed(sweep, choices, seed), "seed": seed,
+        "git_commit": git_commit() or "unknown",
+    }  # fmt: skip
     name, once = f"{sweep.study}-{trial.number:03d}", ("crism.kind", "crism.study_token", "crism.trial_number")
     made = tracker.start(name, "trial", tags, params, desk.parent, once=once)
     if attempts > 1:
@@ -254,6 +260,22 @@ def _open_run(desk: Desk, trial: optuna.Trial, run_id: str, choices: Mapping[str
         tracker.reopen(made)
     trial.set_user_attr(RUN_ID, made)
     return made
+
+
+def typed(sweep: SweepConfig, choices: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A trial's choices, numbers as the configuration has them: a file may say 1 or 1e-3 (text, in YAML) where a
+    float is meant, and plots compare what MLflow shows as text."""
+    try:
+        content = sweep.run_config({**choices, "seed": seed}).model_dump()
+    except ConfigError:
+        return dict(choices)  # It ends the trial, once there is a run to say so.
+    found = {}
+    for key, value in choices.items():
+        own: Any = content
+        for part in key.split("."):
+            own = own.get(part) if isinstance(own, dict) else None
+        found[key] = own if isinstance(own, (int, float)) and not isinstance(own, bool) else value
+    return found
 
 
 def _hooks(desk: Desk, trial: optuna.Trial) -> Hooks:
