@@ -88,7 +88,7 @@ def test_tags_params_and_values_agree(bench: Bench) -> None:
 
 
 def test_searched_key_that_the_configuration_writes_otherwise(bench: Bench) -> None:
-    """A choice of 1 is 1.0 in the configuration, and in MLflow, whose plots compare text; it refuses one that changes."""
+    """A choice of 1 is 1.0 in the configuration and in MLflow, whose plots compare text."""
     bench.run(small_sweep(trials=1, search={"train.learning_rate": {"choice": [1]}}))
     assert bench.runs()[0].params["train.learning_rate"] == "1.0"
 
