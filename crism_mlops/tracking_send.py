@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -16,6 +18,8 @@ from crism_mlops.errors import TrackingError
 _METRICS_A_CALL, _ITEMS_A_CALL = 1000, 100
 # Where MLflow's UI looks for what it shows as a table.
 _TABLES = "mlflow.loggedArtifacts"
+# Where it looks for images, and the pixels a side of the small ones that it shows first.
+_IMAGES, _THUMBNAIL = "images", 256
 
 
 def send(client: Any, op: Mapping[str, Any], payload: bytes | None) -> None:
@@ -34,6 +38,8 @@ def send(client: Any, op: Mapping[str, Any], payload: bytes | None) -> None:
 
             for part in _parts(op["tags"].items(), _ITEMS_A_CALL):
                 client.log_batch(run_id, tags=[RunTag(k, v) for k, v in part])
+        case "image" if payload is not None:
+            _image(client, run_id, payload, op["key"], op["step"], op["time"])
         case "file" if payload is not None:
             _file(client, run_id, payload, op["file"])
             if op["table"]:
@@ -92,6 +98,45 @@ def _file(client: Any, run_id: str, content: bytes, file: str) -> None:
         path = Path(folder) / place.name
         path.write_bytes(content)
         client.log_artifact(run_id, str(path), within)
+
+
+def _image(client: Any, run_id: str, content: bytes, key: str, step: int, milliseconds: int) -> None:
+    """As MlflowClient.log_image names its two files, but with one name for a run, key and step."""
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+
+    begin = f"{_IMAGES}/{key.replace('/', '~')}+step+{step}+"
+    known = {item.path for item in client.list_artifacts(run_id, _IMAGES)}
+    own = uuid.uuid5(uuid.NAMESPACE_OID, f"{run_id}/{key}/{step}")
+    stems = [path.removesuffix(".png") for path in known if path.startswith(begin) and path.endswith(".png")]
+    stem = min(stems, default=f"{begin}timestamp+{milliseconds}+{own}")
+    # Last the one that tells, in its absence, that the other may be missing.
+    for path, make in ((f"{stem}+compressed.webp", _thumbnail), (f"{stem}.png", bytes)):
+        if path not in known:
+            _file(client, run_id, make(content), path)
+    client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, "True")
+
+
+def _thumbnail(content: bytes) -> bytes:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    made = io.BytesIO()
+    small.save(made, "WEBP", quality=40, method=6)
+    return made.getvalue()
+
+
+def few_colours(content: bytes, count: int = 256) -> bytes:
+    """A PNG with so many colours at most, those that it has most of."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as picture:
+        flat = picture.convert("RGB")
+    made = io.BytesIO()
+    # Without the second step (k-means) rare strong colours turn grey.
+    flat.quantize(count, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    return made.getvalue()
 
 
 def _as_table(client: Any, run_id: str, file: str) -> None:

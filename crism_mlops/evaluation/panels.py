@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from math import sqrt
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,12 @@ SPREAD_LIMIT = 32.0
 AGREE, MISSED, EXTRA, NEITHER = (0.0, 0.0, 0.0), (0.0, 0.447, 0.698), (0.902, 0.624, 0.0), (0.95, 0.95, 0.95)
 CLASSES = {"both": AGREE, "truth only": MISSED, "prediction only": EXTRA, "neither": NEITHER}
 # Scene pixels that the pictures of a figure show together, and what a row's text takes of them: noise hardly
-# compresses, and this much of it makes a file of about 400 kB.
-SHOWN_PIXELS, ROW_PIXELS = 170_000, 5_000
+# compresses, and this much of it makes a file of about 250 kB (of half that in the 256 colours that are logged).
+SHOWN_PIXELS, ROW_PIXELS = 100_000, 5_000
 # Steps of a channel and of a colour scale: more are not seen and compress worse.
 LEVELS = 31
+# Of a small panel: a picture's pixels a side, and the colours of all; the longer side of a reduced figure.
+_SMALL_SIDE, _SMALL_COLOURS, _REDUCED_SIDE = 64, 64, 400
 # Inches: a picture's width, the space between two, the row labels, the heading, the bars and legend below.
 _WIDTH, _GAP, _LABEL, _TOP, _BOTTOM = 2.0, 0.12, 1.45, 0.75, 1.75
 
@@ -102,6 +105,62 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
     return figure
 
 
+def small_panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]]) -> bytes:
+    """Truth and prediction of a few scenes as a small PNG, a row a scene: of several kilobytes, so that a trial can
+    keep some of them.
+
+    Stretched as in `panel`; scenes are reduced, or small ones enlarged, to about 64 pixels a side. Raises
+    EvaluationError without a scene.
+    """
+    from PIL import Image, ImageDraw
+
+    if not pairs:
+        raise EvaluationError("a panel of no scenes, expected at least one: give it the scenes to show")
+    side, gap, top = _SMALL_SIDE, 3, 14
+    picture = Image.new("RGB", (2 * side + gap, top + len(pairs) * (side + gap) - gap), "white")
+    pen = ImageDraw.Draw(picture)
+    for name, left in (("truth", 0), ("prediction", side + gap)):
+        pen.text((left + side / 2, top / 2), name, fill="black", anchor="mm")
+    for row, (pair, prediction) in enumerate(zip(pairs, predictions, strict=True)):
+        valid = pair.scene.valid
+        low, scale = _stretch(pair)
+        step = -(-max(valid.shape) // side)
+        for column, image in enumerate((pair.truth, prediction)):
+            small = np.clip(shrunk((image - low) / scale, valid, step), 0.0, 1.0)
+            shown = Image.fromarray(np.uint8(255.0 * np.where(np.isfinite(small), small, NO_DATA)))
+            factor = side / max(shown.size)
+            size = (max(round(shown.width * factor), 1), max(round(shown.height * factor), 1))
+            cell = shown.resize(size, Image.Resampling.BOX if factor < 1 else Image.Resampling.NEAREST)
+            picture.paste(cell, (column * (side + gap), top + row * (side + gap)))
+    made = BytesIO()
+    flat = picture.quantize(_SMALL_COLOURS, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+    flat.save(made, "PNG", optimize=True)
+    return made.getvalue()
+
+
+def reduced(figure: Figure) -> bytes:
+    """A figure as a small PNG of few colours: for where the whole one is kept elsewhere."""
+    from PIL import Image
+
+    whole = BytesIO()
+    figure.savefig(whole, format="png")
+    with Image.open(whole) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((_REDUCED_SIDE, _REDUCED_SIDE), Image.Resampling.BOX)
+    made = BytesIO()
+    small.quantize(_SMALL_COLOURS, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(
+        made, "PNG", optimize=True
+    )
+    return made.getvalue()
+
+
+def _stretch(pair: Pair) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    """What a truth's channels are displayed from, and over what range: from the 2nd to the 98th percentile."""
+    valid = pair.scene.valid
+    low, high = np.percentile(pair.truth[valid], (2.0, 98.0), axis=0) if valid.any() else (np.zeros(3), np.ones(3))
+    return low, np.where(high > low, high - low, 1.0)
+
+
 def calibration_figure(bins: Sequence[tuple[float, float, int]], title: str) -> Figure:
     """RMS predicted standard deviation against RMS error (0..255) of each bin; a calibrated spread lies on the line.
 
@@ -171,8 +230,7 @@ def displayed(case: Case, step: int) -> dict[str, NDArray[np.float64]]:
     valid ones, NaN without data. Each channel is stretched from its 2nd to its 98th percentile, the prediction as
     its truth, so that they can be held side by side."""
     pair, valid = case.pair, case.pair.scene.valid
-    low, high = np.percentile(pair.truth[valid], (2.0, 98.0), axis=0) if valid.any() else (np.zeros(3), np.ones(3))
-    scale = np.where(high > low, high - low, 1.0)
+    low, scale = _stretch(pair)
     pictures = {"input": stretched(pair.image[..., :3], valid)}
     for name, image in (("truth", pair.truth), ("prediction", case.prediction)):
         pictures[name] = np.clip((image - low) / scale, 0.0, 1.0)

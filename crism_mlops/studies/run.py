@@ -23,7 +23,7 @@ from crism_mlops.errors import EvaluationError, StoreError, StudyError, Tracking
 from crism_mlops.evaluation.evaluate import Predicted, calibration, noise_seed, predict_pairs, score_pairs
 from crism_mlops.evaluation.gallery import INDEX, picture_file, pictures
 from crism_mlops.evaluation.metrics import METRICS
-from crism_mlops.evaluation.panels import Case, calibration_figure, panel
+from crism_mlops.evaluation.panels import Case, calibration_figure, panel, reduced, small_panel
 from crism_mlops.evaluation.scores import ScoreTable, as_csv
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -44,6 +44,8 @@ Predict = Callable[[Sequence[Pair]], Predicted]
 SHOWN = ("best", "median", "worst")
 # Of a trial's training time, at most so much goes into validation by default.
 VALIDATION_SHARE = 0.15
+# Pictures of validation scenes that a trial leaves, spread over its epochs, and the scenes on each.
+VALIDATION_PICTURES, VALIDATION_PANEL = 5, 3
 
 
 # Not the trial's fault, and the next one would end the same way: it is interrupted, and goes on once the
@@ -210,6 +212,8 @@ def fit(
     quick = spread(validation, config.evaluate.validation_scenes)
     every = config.train.validate_every or validation_interval(config, len(data), len(quick))
     predictor = predict(model, config)
+    validated = [*range(every, config.train.epochs, every), config.train.epochs]
+    pictured = set(spread(validated, VALIDATION_PICTURES))
     # What is known of the epochs so far, in JSON: it is resumed with the training.
     notes: dict[str, Any] = {"validation_seconds": 0.0, "history": [], "kept": []}
     kept = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"])
@@ -233,11 +237,17 @@ def fit(
         if epoch % every and not last:
             return False
         begun = time.monotonic()
-        table = score_pairs(predictor(quick), quick, ("valid",), device=scoring_device(config))
+        predicted = predictor(quick)
+        table = score_pairs(predicted, quick, ("valid",), device=scoring_device(config))
         means = table.means("valid")
         figures = {f"val/{m}": means[m] for m in METRICS} | {f"val_worst/{m}": table.worst(m) for m in METRICS}
         seconds = time.monotonic() - begun
         tracker.metrics(run_id, figures, epoch)
+        if epoch in pictured or last:
+            # The same scenes in every trial.
+            chosen = spread(range(len(quick)), VALIDATION_PANEL)
+            picture = small_panel([quick[i] for i in chosen], [predicted.images[i] for i in chosen])
+            tracker.image(run_id, picture, "val_panel", epoch)
         error = error_sign(objective) * figures[objective]
         # NaN is worse than anything: any figure of a later epoch is better.
         error = error if math.isfinite(error) else sys.float_info.max
@@ -394,7 +404,9 @@ def log_scenes(
         tracker.table(run_id, rows, file)
     tracker.table(run_id, table.strata_rows(), "strata.json")
     cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes, part)
-    tracker.figure(run_id, panel(cases, f"{part} scenes, {config.data.variant}"), f"panels/{part}.png")
+    figure = panel(cases, f"{part} scenes, {config.data.variant}")
+    tracker.figure(run_id, figure, f"panels/{part}.png")
+    tracker.image(run_id, reduced(figure), f"{part}_panel", config.train.epochs)
     log_gallery(tracker, run_id, panel_cases(predicted, pairs, table, manifest, len(SHOWN), part), table)
 
 
