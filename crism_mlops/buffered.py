@@ -108,10 +108,13 @@ class BufferedTracker(Tracker):
 
     def _tell(self, op: dict[str, Any], payload: bytes | None = None) -> None:
         # First of all this one is kept: what may be raised is about earlier ones.
+        self._keep(op, payload)
+        self._complain()
+
+    def _keep(self, op: dict[str, Any], payload: bytes | None = None) -> None:
         self._outbox.put(op, payload)
         with self._news:
             self._news.notify_all()
-        self._complain()
 
     def _complain(self) -> None:
         with self._news:

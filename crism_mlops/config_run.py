@@ -296,6 +296,9 @@ class EngineConfig(Section):
     timeout_minutes: float | None = Field(
         None, gt=0.0, allow_inf_nan=False, description="a trial that takes longer in one attempt fails"
     )
+    system_metrics_seconds: float | None = Field(
+        10.0, gt=0.0, allow_inf_nan=False, description="between two looks at CPU, GPU and memory; null: none"
+    )
     resources_per_trial: Resources = Resources()
 
 

@@ -81,6 +81,7 @@ class RunInfo:
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
+    started: float = 0.0  # time.time()
 
     @property
     def kind(self) -> str:
@@ -194,6 +195,10 @@ class Tracker:
         """An operation that needs none."""
         self._ask(lambda: self._send(op, payload))
 
+    def _keep(self, op: dict[str, Any]) -> None:
+        """An operation that needs none, of a thread that shall not hear what became of earlier ones."""
+        self._tell(op)
+
     def _send(self, op: Mapping[str, Any], payload: bytes | None) -> None:
         """Tell MLflow. Of every operation the second time changes nothing."""
         send(self.client, op, payload)
@@ -260,9 +265,11 @@ class Tracker:
 
     def metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics, as of now."""
-        now = int(time.time() * 1000)
-        rows = [[k, float(v), now, int(step)] for k, v in metrics.items()]
-        self._tell({"op": "metrics", "run": run_id, "metrics": rows})
+        self._tell(_metrics_now(run_id, metrics, step))
+
+    def keep_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics from another thread than the trial's."""
+        self._keep(_metrics_now(run_id, metrics, step))
 
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags."""
@@ -462,6 +469,12 @@ def git_commit() -> str | None:
         return None
 
 
+def _metrics_now(run_id: str, metrics: Mapping[str, float], step: int) -> dict[str, Any]:
+    now = int(time.time() * 1000)
+    rows = [[key, float(value), now, int(step)] for key, value in metrics.items()]
+    return {"op": "metrics", "run": run_id, "metrics": rows}
+
+
 def _six_digits(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
@@ -474,6 +487,7 @@ def _info(run: Any) -> RunInfo:
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         metrics=dict(run.data.metrics),
+        started=(run.info.start_time or 0) / 1000.0,
     )
 
 

@@ -55,6 +55,7 @@ from crism_mlops.studies.samplers import trial_seed
 from crism_mlops.studies.search_space import labels, suggest
 from crism_mlops.studies.storage import SearchStore, database_errors, storage_errors
 from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, git_commit
+from crism_mlops.tracking_system import system_metrics
 
 log = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
@@ -191,7 +192,8 @@ def _run(desk: Desk, trial: optuna.Trial, run_id: str) -> tuple[str, float | Non
             log_configuration(tracker, run_id, config, manifest, choices)
             describe_run(tracker, run_id, trial_text(sweep, number, config, choices))
             work = desk.work / f"{number:04d}"
-            done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
+            with system_metrics(tracker, run_id, sweep.engine.system_metrics_seconds):
+                done = desk.run(config, manifest, sweep.objective.first, tracker, run_id, work, hooks)
             _constrain(sweep, trial, done, tracker)
             values = _values(sweep, done)
             describe_run(tracker, run_id, trial_text(sweep, number, config, choices, tracker.run(run_id)))
