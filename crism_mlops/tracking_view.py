@@ -19,6 +19,7 @@ _VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 NOTE = "mlflow.note.content"
 _NOTE_BEGIN = "Runs with their settings and scores: "
+_SECTION = "crism-trials"
 # The runs table, from left to right: what a column is of, its key, its width in pixels.
 COLUMNS = (
     ("tags", "crism.kind", 85),
@@ -52,7 +53,28 @@ def view_state() -> dict[str, Any]:
         # The duration, which the table always has, comes last.
         "columnOrder": [*ids, "duration"],
         "columnWidths": ids,
+        "compareRunCharts": _charts(),
+        "compareRunSections": [{"uuid": _SECTION, "name": "Trials compared", "display": True, "isReordered": True}],
+        # The UI would sort our section in among those that it makes of metrics.
+        "isAccordionReordered": True,
+        "runsHiddenMode": "FIRST_20_RUNS",
     }
+
+
+def _charts() -> list[dict[str, Any]]:
+    """Those that the page of charts shows before the one of each metric that it makes itself."""
+    shared = {"runsCountToCompare": 20, "metricSectionId": _SECTION, "deleted": False, "isGenerated": False}
+    # Runs that lack one of these, as floors do, are not in it. There is room for four axes.
+    axes = ["data.variant", "train.learning_rate"]
+    parallel: dict[str, Any] = {
+        "type": "PARALLEL", "uuid": f"{_SECTION}-parallel",
+        "selectedParams": axes, "selectedMetrics": ["test/skill", "test/rmse"], "showAllRuns": True,
+    }  # fmt: skip
+    bars: list[dict[str, Any]] = [
+        {"type": "BAR", "uuid": f"{_SECTION}-{key}", "metricKey": key, "displayName": key}
+        for key in ("test/rmse", "test/pcc", "test/ssim", "test/lpips", "test/skill")
+    ]
+    return [{**shared, **one} for one in (parallel, *bars)]
 
 
 def experiment_path(experiment_id: str, tags: Mapping[str, str] | None = None) -> str:

@@ -31,18 +31,20 @@ def test_a_trial_says_what_was_searched_and_at_its_end_how_good_it_is() -> None:
     assert "Searched: `train.learning_rate` 0.0001538." in begun
     assert "test" not in begun
     ended = trial_text(sweep, 1, config, choices, run_with(SCORES))
-    assert ended.startswith(begun)
-    assert "Objective (val/rmse, all validation scenes): **5.291**" in ended
+    assert begun in ended
+    assert ended.startswith("Objective (val/rmse, all validation scenes) **5.291**; test RMSE **5.14** (4.786 to 5.51)")
+    assert "; skill **-0.677** (0: as good" in ended
     assert "| RMSE (0..255) | 5.14 | 4.786 to 5.51 |" in ended
     assert "| PCC | 0.91 | too few scenes |" in ended
-    assert "Skill **-0.677**" in ended
 
 
 def test_floors_ceiling_and_evaluations() -> None:
     sweep = small_sweep(model=IP2P)
     config = sweep.run_config({})
     assert floor_text("mean", "floor", config).startswith("Floor **mean** on `pnr` images (physical): the mean of")
-    assert floor_text("vae-round-trip", "ceiling", config, run_with(SCORES)).startswith("Ceiling **vae-round-trip**")
+    ceiling = floor_text("vae-round-trip", "ceiling", config, run_with(SCORES))
+    assert ceiling.startswith("test RMSE **5.14** (4.786 to 5.51)")
+    assert "Ceiling **vae-round-trip**: the true target through" in ceiling
     assert "InstructPix2Pix (tiny, prompt “Predict carbonates”)" in trial_text(sweep, 0, config, {})
     assert evaluation_text("floor:copy", "test", 64).endswith(
         "test, at 64 pixels a side: `crism-mlops evaluate --log`."

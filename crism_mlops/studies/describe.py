@@ -42,16 +42,17 @@ def trial_text(
 ) -> str:
     """What a trial is; of its `run`, once it has finished, how good it is."""
     searched = ", ".join(f"`{key}` {_short(value)}" for key, value in choices.items())
-    lines = [
+    what = [
         f"Trial {number} of study **{sweep.study}**: {_model(config)} that predicts `{config.data.target}` from "
         f"`{config.data.variant}` images ({config.data.normalization}), {config.train.epochs} epochs at most.",
         f"Searched: {searched or 'nothing'}.",
     ]
-    if run is not None:
-        objective = run.metrics.get("objective", math.nan)
-        lines.append(f"Objective ({sweep.objective.first}, all validation scenes): **{objective:.4g}**")
-        lines += scores_text(run.metrics)
-    return "\n\n".join(lines)
+    if run is None:
+        return "\n\n".join(what)
+    objective = run.metrics.get("objective", math.nan)
+    # First what counts: the UI shows three lines, and the others when it is asked for more.
+    scores = [f"Objective ({sweep.objective.first}, all validation scenes) **{objective:.4g}**", *headline(run.metrics)]
+    return "\n\n".join(["; ".join(scores), *what, *scores_text(run.metrics)])
 
 
 def floor_text(name: str, kind: str, config: RunConfig, run: RunInfo | None = None) -> str:
@@ -62,7 +63,9 @@ def floor_text(name: str, kind: str, config: RunConfig, run: RunInfo | None = No
     else:
         seen = f"`{config.data.variant}` images ({config.data.normalization})"
         first = f"Floor **{name}** on {seen}: {what}. A model that is no better has learned nothing that counts."
-    return "\n\n".join([first, *(scores_text(run.metrics) if run is not None else [])])
+    if run is None:
+        return first
+    return "\n\n".join(["; ".join(headline(run.metrics)) or "Not scored", first, *scores_text(run.metrics)])
 
 
 def evaluation_text(what: str, split: str, resize: int | None) -> str:
@@ -93,12 +96,13 @@ def study_text(
         if summary.best_value is not None:
             name = f"trial {summary.best_number}" if best is None else f"[{best.name}](#/runs/{best.run_id})"
             lines.append(f"Best: **{name}**, {objective.first} **{summary.best_value:.4g}**")
-            lines += scores_text(best.metrics) if best is not None else []
+            if best is not None:
+                lines += ["; ".join(headline(best.metrics)) or "Not scored on test scenes", *scores_text(best.metrics)]
     return "\n\n".join(lines)
 
 
 def scores_text(metrics: Mapping[str, float]) -> list[str]:
-    """The test scores with their 95 % intervals as a table, and the skill; nothing where there are none."""
+    """The test scores with their 95 % intervals as a table; nothing where there are none."""
     rows = []
     for key, name in _NAMES.items():
         if (mean := metrics.get(f"test/{key}")) is None:
@@ -108,10 +112,19 @@ def scores_text(metrics: Mapping[str, float]) -> list[str]:
         rows.append(f"| {name} | {mean:.4g} | {interval} |")
     if not rows:
         return []
-    lines = ["\n".join(["| balanced test scenes | mean | 95 % interval |", "| --- | --- | --- |", *rows])]
+    return ["\n".join(["| balanced test scenes | mean | 95 % interval |", "| --- | --- | --- |", *rows])]
+
+
+def headline(metrics: Mapping[str, float]) -> list[str]:
+    """The error on the test scenes and the skill, where there are such."""
+    found = []
+    if (mean := metrics.get("test/rmse")) is not None:
+        bounds = [metrics.get(f"test/rmse_{end}", math.nan) for end in ("low", "high")]
+        interval = "" if any(map(math.isnan, bounds)) else " ({:.4g} to {:.4g})".format(*bounds)
+        found.append(f"test RMSE **{mean:.4g}**{interval}")
     if (skill := metrics.get("test/skill")) is not None:
-        lines.append(f"Skill **{skill:.3g}** (0: as good as the best floor of this input, 1: perfect)")
-    return lines
+        found.append(f"skill **{skill:.3g}** (0: as good as the best floor of this input, 1: perfect)")
+    return found
 
 
 def _model(config: RunConfig) -> str:

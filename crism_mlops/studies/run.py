@@ -45,6 +45,7 @@ SHOWN = ("best", "median", "worst")
 # Of a trial's training time, at most so much goes into validation by default.
 VALIDATION_SHARE = 0.15
 # Pictures of validation scenes that a trial leaves, spread over its epochs, and the scenes on each.
+# (The UI makes a section of an image's name as far as its "/", and sorts "_" first.)
 VALIDATION_PICTURES, VALIDATION_PANEL = 5, 3
 
 
@@ -247,7 +248,7 @@ def fit(
             # The same scenes in every trial.
             chosen = spread(range(len(quick)), VALIDATION_PANEL)
             picture = small_panel([quick[i] for i in chosen], [predicted.images[i] for i in chosen])
-            tracker.image(run_id, picture, "val_panel", epoch)
+            tracker.image(run_id, picture, "_panels/validation", epoch)
         error = error_sign(objective) * figures[objective]
         # NaN is worse than anything: any figure of a later epoch is better.
         error = error if math.isfinite(error) else sys.float_info.max
@@ -406,7 +407,7 @@ def log_scenes(
     cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes, part)
     figure = panel(cases, f"{part} scenes, {config.data.variant}")
     tracker.figure(run_id, figure, f"panels/{part}.png")
-    tracker.image(run_id, reduced(figure), f"{part}_panel", config.train.epochs)
+    tracker.image(run_id, reduced(figure), f"_panels/{part}", config.train.epochs)
     log_gallery(tracker, run_id, panel_cases(predicted, pairs, table, manifest, len(SHOWN), part), table)
 
 
