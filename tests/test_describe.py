@@ -60,8 +60,9 @@ def test_a_study_s_own_words(tmp_path: Path) -> None:
     assert "Study **small** (unet): objective val/rmse (minimized); 3 trials by random." in begun
     assert "- `train.learning_rate`: 0.0001 to 0.01, log scale" in begun
     ended = study_text(sweep, manifest, Summary(2, 1, 0, 0, 1, 5.2912), run_with(SCORES))
-    assert "So far: 2 finished, 1 pruned." in ended
-    assert "Best: **[small-001](#/runs/abc)**, val/rmse **5.291**" in ended
+    best = "So far: 2 finished, 1 pruned. Best: **[small-001](#/runs/abc)**, val/rmse **5.291**; test RMSE **5.14**"
+    assert ended.startswith(best)
+    assert begun.splitlines()[0] in ended
     tracker = new_tracker(tmp_path)
     run_id = tracker.start("small", "study", {}, {})
     describe_study(tracker, run_id, ended + "x" * 9000)

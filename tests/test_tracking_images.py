@@ -83,14 +83,14 @@ def test_a_small_panel(tmp_path: Path) -> None:
     for side, limit in ((256, 25_000), (32, 25_000)):
         manifest = build_manifest(small_scenes(side=side), sweep.data, sweep.split)
         pairs = list(manifest.pairs("train"))[:3]
-        content = small_panel(pairs, [pair.truth for pair in pairs])
+        content = small_panel(pairs, [pair.truth for pair in pairs], "epoch 3 of 9")
         assert len(content) < limit, "of noise, which compresses worst"
         picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), dtype=int)
-        assert picture.shape == (14 + 3 * 64 + 2 * 3, 2 * 64 + 3, 3)
-        truth, prediction = picture[14:, :64], picture[14:, 67:]
+        assert picture.shape == (28 + 3 * 64 + 2 * 3, 2 * 64 + 3, 3)
+        truth, prediction = picture[28:, :64], picture[28:, 67:]
         assert np.abs(truth - prediction).max() == 0
     with pytest.raises(EvaluationError, match="no scenes"):
-        small_panel([], [])
+        small_panel([], [], "")
 
 
 def test_pictures_are_few_and_spread() -> None:

@@ -105,7 +105,7 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
     return figure
 
 
-def small_panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]]) -> bytes:
+def small_panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]], title: str) -> bytes:
     """Truth and prediction of a few scenes as a small PNG, a row a scene: of several kilobytes, so that a trial can
     keep some of them.
 
@@ -116,11 +116,12 @@ def small_panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]
 
     if not pairs:
         raise EvaluationError("a panel of no scenes, expected at least one: give it the scenes to show")
-    side, gap, top = _SMALL_SIDE, 3, 14
+    side, gap, top = _SMALL_SIDE, 3, 28
     picture = Image.new("RGB", (2 * side + gap, top + len(pairs) * (side + gap) - gap), "white")
     pen = ImageDraw.Draw(picture)
+    pen.text((side + gap / 2, top / 4), title, fill="black", anchor="mm")
     for name, left in (("truth", 0), ("prediction", side + gap)):
-        pen.text((left + side / 2, top / 2), name, fill="black", anchor="mm")
+        pen.text((left + side / 2, 3 * top / 4), name, fill="black", anchor="mm")
     for row, (pair, prediction) in enumerate(zip(pairs, predictions, strict=True)):
         valid = pair.scene.valid
         low, scale = _stretch(pair)

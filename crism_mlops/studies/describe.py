@@ -87,18 +87,20 @@ def study_text(
         f"{sweep.sampler.kind}. Scenes: {scenes}. Its trials, floors and ceiling are this run's children.",
         "\n".join(["Searched:", "", *(f"- `{label}`: {rest}" for label, _, rest in _space(sweep))]),
     ]
+    told = []
     if summary is not None:
         counts = {"finished": summary.complete, "pruned": summary.pruned, "failed": summary.failed,
                   "interrupted": summary.interrupted, "cancelled": summary.cancelled,
                   "repetitions": summary.repeats}  # fmt: skip
-        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "finished")
-        lines.append(f"So far: {told}.")
+        states = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "finished")
+        told.append(f"So far: {states}.")
         if summary.best_value is not None:
             name = f"trial {summary.best_number}" if best is None else f"[{best.name}](#/runs/{best.run_id})"
-            lines.append(f"Best: **{name}**, {objective.first} **{summary.best_value:.4g}**")
-            if best is not None:
-                lines += ["; ".join(headline(best.metrics)) or "Not scored on test scenes", *scores_text(best.metrics)]
-    return "\n\n".join(lines)
+            figures = headline(best.metrics) if best is not None else []
+            told[0] += f" Best: **{name}**, " + "; ".join([f"{objective.first} **{summary.best_value:.4g}**", *figures])
+            lines += scores_text(best.metrics) if best is not None else []
+    # First how it stands: the UI shows three lines.
+    return "\n\n".join([*told, *lines])
 
 
 def scores_text(metrics: Mapping[str, float]) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -214,7 +215,7 @@ def fit(
     every = config.train.validate_every or validation_interval(config, len(data), len(quick))
     predictor = predict(model, config)
     validated = [*range(every, config.train.epochs, every), config.train.epochs]
-    pictured = set(spread(validated, VALIDATION_PICTURES))
+    pictured = spread(validated, VALIDATION_PICTURES)
     # What is known of the epochs so far, in JSON: it is resumed with the training.
     notes: dict[str, Any] = {"validation_seconds": 0.0, "history": [], "kept": []}
     kept = Kept(folder, config.train.keep_top, config.train.keep_bytes, notes["kept"])
@@ -245,10 +246,11 @@ def fit(
         seconds = time.monotonic() - begun
         tracker.metrics(run_id, figures, epoch)
         if epoch in pictured or last:
-            # The same scenes in every trial.
+            # The same scenes in every trial. Steps are counted from 0, as MLflow's slider stands there at first.
             chosen = spread(range(len(quick)), VALIDATION_PANEL)
-            picture = small_panel([quick[i] for i in chosen], [predicted.images[i] for i in chosen])
-            tracker.image(run_id, picture, "_panels/validation", epoch)
+            shown = [quick[i] for i in chosen], [predicted.images[i] for i in chosen]
+            picture = small_panel(*shown, f"epoch {epoch} of {config.train.epochs}")
+            tracker.image(run_id, picture, "_panels/validation", bisect_left(pictured, epoch))
         error = error_sign(objective) * figures[objective]
         # NaN is worse than anything: any figure of a later epoch is better.
         error = error if math.isfinite(error) else sys.float_info.max
@@ -407,7 +409,7 @@ def log_scenes(
     cases = panel_cases(predicted, pairs, table, manifest, config.evaluate.panel_scenes, part)
     figure = panel(cases, f"{part} scenes, {config.data.variant}")
     tracker.figure(run_id, figure, f"panels/{part}.png")
-    tracker.image(run_id, reduced(figure), f"_panels/{part}", config.train.epochs)
+    tracker.image(run_id, reduced(figure), f"_panels/{part}", 0)
     log_gallery(tracker, run_id, panel_cases(predicted, pairs, table, manifest, len(SHOWN), part), table)
 
 
