@@ -20,6 +20,7 @@ from crism_mlops.reports.standing import (
 from crism_mlops.reports.summary import sentences
 from crism_mlops.studies.storage import SearchStore
 from crism_mlops.tracking import Tracker
+from crism_mlops.tracking_view import NOTE
 
 _RULE, _LONGEST = "\n\n---\n\n", 3000
 
