@@ -36,7 +36,8 @@ class Noisy:
         self, config: Any, manifest: Any, objective: str, tracker: Any, run_id: str, work: Path, hooks: Any
     ) -> Any:
         from crism_mlops.evaluation.evaluate import Predicted, score_pairs
-        from crism_mlops.studies import run as trial
+        from crism_mlops.studies.outcome import log_progress, log_scenes
+        from crism_mlops.studies.run import TrackedRun
 
         work.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(config.seed)
@@ -52,7 +53,7 @@ class Noisy:
             tracker.metrics(run_id, {"train/loss": noise / epoch, objective: error}, epoch)
             if epoch in (1, 3, 5, 8, 10):
                 shown = predicted(validation[:3], noise * (1.0 + 2.0 / epoch))
-                trial.log_progress(tracker, run_id, validation[:3], shown, epoch)
+                log_progress(tracker, run_id, validation[:3], shown, f"epoch {epoch} of {EPOCHS}", epoch)
             hooks.report(epoch, {objective: error})
         for name, pairs in (("validation", validation), ("test", test)):
             if name not in self.scored:
@@ -67,9 +68,9 @@ class Noisy:
         tracker.metrics(
             run_id, {**tables["test"].summary("test", balanced), **tables["test"].strata_summary("test")}, EPOCHS
         )
-        trial.log_scenes(tracker, run_id, manifest, test, predicted(test, noise), tables["test"], config)
+        log_scenes(tracker, run_id, manifest, test, predicted(test, noise), tables["test"], config)
         tracker.tags(run_id, {"crism.model_id": "none"})
-        return trial.TrackedRun(run_id, error, {objective: error})
+        return TrackedRun(run_id, error, {objective: error})
 
 
 def _like(table: Any, factor: float) -> Any:

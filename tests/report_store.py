@@ -19,7 +19,8 @@ from crism_mlops.evaluation.metrics import FIGURES
 from crism_mlops.evaluation.panels import Case
 from crism_mlops.evaluation.scores import ScoreTable
 from crism_mlops.scenes.scene import Scene
-from crism_mlops.studies.run import Hooks, TrackedRun, log_gallery
+from crism_mlops.studies.outcome import log_gallery
+from crism_mlops.studies.run import Hooks, TrackedRun
 from crism_mlops.tracking import Kind, Tracker
 
 SCENES = 16

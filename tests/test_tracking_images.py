@@ -16,7 +16,8 @@ from trackers import new_tracker, small_scenes, small_sweep
 from crism_mlops.dataset.manifest import build_manifest
 from crism_mlops.errors import EvaluationError, TrackingError
 from crism_mlops.evaluation.panels import small_panel
-from crism_mlops.studies.run import VALIDATION_PICTURES, spread
+from crism_mlops.studies.outcome import spread
+from crism_mlops.studies.run import VALIDATION_PICTURES
 from crism_mlops.tracking import Tracker
 
 

@@ -27,7 +27,7 @@ class ServedModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         from crism_mlops.models.checkpoint import load_checkpoint
-        from crism_mlops.studies.run import resolve_device
+        from crism_mlops.studies.outcome import resolve_device
 
         folder = Path(context.artifacts["checkpoint"])
         self.model, self.checkpoint = load_checkpoint(folder, resolve_device("auto"))

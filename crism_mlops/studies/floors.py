@@ -12,7 +12,8 @@ from crism_mlops.evaluation.evaluate import Predicted, round_trips
 from crism_mlops.models.floors import CopyFloor, Floor, fit_boosted, fit_linear, fit_mean
 from crism_mlops.studies.data_sets import PARTS, data_sets
 from crism_mlops.studies.describe import describe_run, floor_text
-from crism_mlops.studies.run import Predict, build_model, log_test, log_validation, resolve_device
+from crism_mlops.studies.outcome import Predict, log_test, log_validation, resolve_device
+from crism_mlops.studies.run import build_model
 from crism_mlops.tracking import Kind, Tracker
 
 FLOORS = ("copy", "mean", "linear", "boosted")

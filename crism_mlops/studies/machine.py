@@ -14,7 +14,7 @@ from typing import Any
 
 from crism_mlops import __version__
 from crism_mlops.cluster import cores
-from crism_mlops.studies.run import resolve_device
+from crism_mlops.studies.outcome import resolve_device
 from crism_mlops.tracking import git_commit
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "segmentation-models-pytorch", "mlflow", "optuna")

@@ -34,7 +34,8 @@ from crism_mlops.scenes.filters import FILTERS, Filter, load_filters
 from crism_mlops.scenes.quicklook import NO_DATA, stretched, write_figure
 from crism_mlops.scenes.scene import Scene, scene_from_products
 from crism_mlops.scenes.targets import TARGET_PARAMETERS
-from crism_mlops.studies.run import predict, resolve_device
+from crism_mlops.studies.outcome import resolve_device
+from crism_mlops.studies.run import predict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,17 +28,8 @@ from crism_mlops.scenes.filters import filters_digest, load_filters
 from crism_mlops.studies.describe import describe_run, evaluation_text
 from crism_mlops.studies.floors import floor_predictor
 from crism_mlops.studies.images import image_file, read_image, resized
-from crism_mlops.studies.run import (
-    Predict,
-    log_configuration,
-    log_draws,
-    log_scenes,
-    predict,
-    read_test,
-    resolve_device,
-    scoring_device,
-    skill,
-)
+from crism_mlops.studies.outcome import Predict, log_draws, log_scenes, read_test, resolve_device, scoring_device, skill
+from crism_mlops.studies.run import log_configuration, predict
 
 if TYPE_CHECKING:
     from crism_mlops.scenes.scene import Scene

@@ -374,7 +374,7 @@ def _log_all_floors(desk: Desk, say: Callable[[str, str], None] | None) -> None:
 
 def gpus(device: str) -> float:
     """GPUs that a worker keeps busy: one, or none."""
-    from crism_mlops.studies.run import resolve_device
+    from crism_mlops.studies.outcome import resolve_device
 
     return 0.0 if resolve_device(device) == "cpu" else 1.0
 

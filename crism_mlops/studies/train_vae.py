@@ -25,7 +25,8 @@ from crism_mlops.models.latents import weights_digest
 from crism_mlops.models.parts import load_vae
 from crism_mlops.models.rows import Rows
 from crism_mlops.scenes.scene import Scene
-from crism_mlops.studies.run import resolve_device, seed_everything
+from crism_mlops.studies.outcome import resolve_device
+from crism_mlops.studies.run import seed_everything
 from crism_mlops.training import train
 
 log = logging.getLogger(__name__)
