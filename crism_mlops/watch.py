@@ -10,7 +10,7 @@ from threading import Event, Thread
 from typing import Any
 
 from crism_mlops.config import SweepConfig
-from crism_mlops.errors import CrismError, one_line
+from crism_mlops.errors import one_line
 from crism_mlops.reports.live import LiveView
 from crism_mlops.studies.board import Board
 from crism_mlops.studies.overview import overview
@@ -61,10 +61,12 @@ class Watch:
             from crism_mlops.reports.parent import log_report
 
             board.idle(worker, "figures")
+            say(f"{desk.sweep.study}: summary, figures and tables for its run in MLflow")
             try:
                 log_report(desk.tracker, desk.sweep.study, desk.store)
-            except (CrismError, OSError) as error:
-                # The study is none the worse for it.
+            except Exception as error:
+                # The study has ended, and is none the worse for a picture that cannot be made.
+                log.debug("report of %s", desk.sweep.study, exc_info=error)
                 say(f"figures of {desk.sweep.study} were not logged ({one_line(error)}); later: crism-mlops report "
                     f"{desk.sweep.study} --log")  # fmt: skip
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from bench import Bench
 from report_store import (
     SCENES,
+    SMALL,
     finished,
     floors,
     log_scores,
@@ -35,14 +36,17 @@ from crism_mlops.reports.content import compose
 from crism_mlops.reports.document import Cell, Code, Column, Document, Format, Gallery, Section, Table, Text
 from crism_mlops.reports.effects import effects
 from crism_mlops.reports.figures import TITLES
+from crism_mlops.reports.live import LiveView
 from crism_mlops.reports.notebook import load_study
 from crism_mlops.reports.page import page
 from crism_mlops.reports.parent import log_report
 from crism_mlops.reports.record import StudyRecord, read_study
 from crism_mlops.reports.writing import write_report
 from crism_mlops.studies.storage import SearchStore, open_store
+from crism_mlops.studies.study import run_study
 from crism_mlops.studies.trial import PrunedTrial
 from crism_mlops.tracking import RunInfo
+from crism_mlops.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +491,59 @@ def test_a_deleted_study_run_cannot_carry_anything(bench: Bench) -> None:
         log_report(bench.tracker, "small", store_of(bench))
 
 
+class Said:
+    """Stands for the live view."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, words: str) -> None:
+        self.lines.append(words)
+
+
+def watched(bench: Bench, *script: str) -> list[str]:
+    """Run a study as `crism-mlops sweep` does; returns what it says."""
+    view = Said()
+    watch = Watch(cast(LiveView, view))
+    bench.run_trial = bench.trials if script else bench.run_trial
+    bench.trials.script = list(script)
+    run_study(
+        report_sweep(trials=2), SMALL, bench.tracker, bench.storage, watch.listener(), bench.folder / "work",
+        bench.run_trial,
+    )  # fmt: skip
+    return view.lines
+
+
+def test_a_study_that_ends_leaves_its_figures(bench: Bench) -> None:
+    lines = watched(bench)
+    assert lines[-1] == "small: summary, figures and tables for its run in MLflow"
+    assert bench.parent().status == "FINISHED"
+    assert "figures/history.png" in bench.tracker.files(bench.parent().run_id, "figures")
+    # First the summary, below it what the study said of itself.
+    note = bench.parent().tags["mlflow.note.content"]
+    assert note.startswith("small (U-Net): 2 finished")
+    assert "Study **small**" in note.partition("\n---\n")[2]
+    log_report(bench.tracker, "small", None)
+    assert bench.parent().tags["mlflow.note.content"].count("\n---\n") == 1
+
+
+def test_figures_that_fail_fail_nothing_else(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> str:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr("crism_mlops.reports.parent.log_report", broken)
+    lines = watched(bench)
+    assert lines[-1] == "figures of small were not logged (no such colour); later: crism-mlops report small --log"
+    assert bench.parent().status == "FINISHED"
+
+
+def test_an_interrupted_study_draws_nothing(bench: Bench) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        watched(bench, "interrupt")
+    assert bench.tracker.files(bench.parent().run_id, "figures") == []
+    assert bench.parent().status == "KILLED"
+
+
 # In a notebook
 
 
@@ -509,6 +566,26 @@ def test_a_study_as_data_frames(shared: Bench) -> None:
     assert study.summary().startswith("small (U-Net): 6 finished")
     with pytest.raises(EvaluationError, match="has no trial 77 in MLflow"):
         study.scenes(77)
+
+
+def test_the_documented_notebook_runs(
+    shared: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared.tracker.uri)
+    monkeypatch.setenv("CRISM_MLOPS_STORAGE", shared.storage)
+    text = (Path(__file__).parents[1] / "docs" / "notebook.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 6
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block.replace("quickstart-ip2p", "small"), "notebook.md", "exec"), names)
+    assert Path("history.pdf").read_bytes().startswith(b"%PDF")
+    out = capsys.readouterr().out
+    assert "objective  test/rmse" in out
+    assert "['history', " in out
+    # What stands below the last block is what it prints there.
+    assert "small (U-Net): 6 finished" in out
+    assert "quickstart-ip2p (InstructPix2Pix): " in text
 
 
 def test_pictures_survive_as_they_were_logged(shared: Bench, document: Document) -> None:

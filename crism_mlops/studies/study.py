@@ -249,14 +249,15 @@ def closing(desk: Desk) -> Iterator[None]:
         raise
     if not _last(desk):
         return
-    desk.listener.closed(desk)
     if desk.heart.wanted:
         tracker.stop(parent, desk.heart.wanted.split()[0])
+        desk.listener.closed(desk)
         return
     if not any(t.state in (TrialState.RUNNING, TrialState.WAITING) for t in study.get_trials(deepcopy=False)):
         # All trials are done: what failed ones left is of no use any more.
         shutil.rmtree(desk.work, ignore_errors=True)
     tracker.end(parent, "FINISHED")
+    desk.listener.closed(desk)
 
 
 def _last(desk: Desk) -> bool:
