@@ -20,8 +20,10 @@ SWEEP = (
     *SHRUNK, "budget.trials=3", "train.epochs=3", "train.validate_every=1", "engine.system_metrics_seconds=0.5",
     "search.data.variant={choice: [pnr, rect]}", "evaluate.panel_scenes=3",
 )  # fmt: skip
-# MLflow asks who is there, and takes it that nobody is where its server has no accounts; the browser asks for an icon.
-HARMLESS = ("/mlflow/users/current", "/favicon.ico")
+# MLflow asks who is there, and takes it that nobody is where its server has no accounts; the browser asks for an icon;
+# MLflow's parallel coordinates begin to draw before they have a size, and its charts move while they are measured.
+HARMLESS = ("/mlflow/users/current", "/favicon.ico", ": Expected number, \"", ": Trailing garbage, \"", "NaN",
+            "attribute height: A negative value", "ResizeObserver loop")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_the_runs_table_has_our_columns(page: Page, links: list[str], trials: li
         assert name in shown, name
     for run in trials:
         assert run.name in shown
-        assert f"{run.metrics['test/rmse']:.12g}" in shown
+        assert str(run.metrics["test/rmse"])[:10] in shown
     assert "floor" in shown
     assert "GenAI" in page.text()
     assert "Agent versions" not in page.text(), "the menus of machine learning"
