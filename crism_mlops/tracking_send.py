@@ -18,8 +18,9 @@ from crism_mlops.errors import TrackingError
 _METRICS_A_CALL, _ITEMS_A_CALL = 1000, 100
 # Where MLflow's UI looks for what it shows as a table.
 _TABLES = "mlflow.loggedArtifacts"
-# Where it looks for images, and the pixels a side of the small ones that it shows first.
-_IMAGES, _THUMBNAIL = "images", 256
+# Where it looks for images, and the pixels a side of the small ones that it shows first: as many as its page has room
+# for (MLflow's own have 256, and stand in the middle of grey).
+_IMAGES, _THUMBNAIL = "images", 352
 
 
 def send(client: Any, op: Mapping[str, Any], payload: bytes | None) -> None:
@@ -123,7 +124,7 @@ def _thumbnail(content: bytes) -> bytes:
         small = picture.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     made = io.BytesIO()
-    small.save(made, "WEBP", quality=40, method=6)
+    small.save(made, "WEBP", quality=30, method=6)
     return made.getvalue()
 
 

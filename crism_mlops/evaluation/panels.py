@@ -32,7 +32,7 @@ SHOWN_PIXELS, ROW_PIXELS = 100_000, 5_000
 # Steps of a channel and of a colour scale: more are not seen and compress worse.
 LEVELS = 31
 # Of a small panel: a picture's pixels a side, and the colours of all; the longer side of a reduced figure.
-_SMALL_SIDE, _SMALL_COLOURS, _REDUCED_SIDE = 64, 64, 400
+_SMALL_SIDE, _SMALL_COLOURS, _REDUCED_SIDE = 64, 48, 400
 # Inches: a picture's width, the space between two, the row labels, the heading, the bars and legend below.
 _WIDTH, _GAP, _LABEL, _TOP, _BOTTOM = 2.0, 0.12, 1.45, 0.75, 1.75
 
@@ -106,33 +106,37 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
 
 
 def small_panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]], title: str) -> bytes:
-    """Truth and prediction of a few scenes as a small PNG, a row a scene: of several kilobytes, so that a trial can
+    """Truth and prediction of a few scenes as a small PNG, a column a scene: of several kilobytes, so that a trial can
     keep some of them.
 
-    Stretched as in `panel`; scenes are reduced, or small ones enlarged, to about 64 pixels a side. Raises
-    EvaluationError without a scene.
+    Stretched as in `panel`; scenes are reduced to 64 pixels a side, and shown twice as large (which costs little).
+    Raises EvaluationError without a scene.
     """
     from PIL import Image, ImageDraw
 
     if not pairs:
         raise EvaluationError("a panel of no scenes, expected at least one: give it the scenes to show")
-    side, gap, top = _SMALL_SIDE, 3, 28
-    picture = Image.new("RGB", (2 * side + gap, top + len(pairs) * (side + gap) - gap), "white")
+    cell, gap, left, top = 2 * _SMALL_SIDE, 3, 16, 16
+    width, height = left + len(pairs) * (cell + gap), top + 2 * (cell + gap)
+    # Square, and full from the top: MLflow's page shows it in a square, of which little more than the top is seen.
+    picture = Image.new("RGB", (max(width, height),) * 2, "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((side + gap / 2, top / 4), title, fill="black", anchor="mm")
-    for name, left in (("truth", 0), ("prediction", side + gap)):
-        pen.text((left + side / 2, 3 * top / 4), name, fill="black", anchor="mm")
-    for row, (pair, prediction) in enumerate(zip(pairs, predictions, strict=True)):
+    pen.text((left, top / 2), title, fill="black", anchor="lm")
+    for row, name in enumerate(("truth", "prediction")):
+        words = Image.new("RGB", (cell, left), "white")
+        ImageDraw.Draw(words).text((cell / 2, left / 2), name, fill="black", anchor="mm")
+        picture.paste(words.rotate(90, expand=True), (0, top + row * (cell + gap)))
+    for column, (pair, prediction) in enumerate(zip(pairs, predictions, strict=True)):
         valid = pair.scene.valid
         low, scale = _stretch(pair)
-        step = -(-max(valid.shape) // side)
-        for column, image in enumerate((pair.truth, prediction)):
+        step = -(-max(valid.shape) // _SMALL_SIDE)
+        for row, image in enumerate((pair.truth, prediction)):
             small = np.clip(shrunk((image - low) / scale, valid, step), 0.0, 1.0)
             shown = Image.fromarray(np.uint8(255.0 * np.where(np.isfinite(small), small, NO_DATA)))
-            factor = side / max(shown.size)
+            factor = cell / max(shown.size)
             size = (max(round(shown.width * factor), 1), max(round(shown.height * factor), 1))
-            cell = shown.resize(size, Image.Resampling.BOX if factor < 1 else Image.Resampling.NEAREST)
-            picture.paste(cell, (column * (side + gap), top + row * (side + gap)))
+            place = (left + column * (cell + gap), top + row * (cell + gap))
+            picture.paste(shown.resize(size, Image.Resampling.NEAREST), place)
     made = BytesIO()
     flat = picture.quantize(_SMALL_COLOURS, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
     flat.save(made, "PNG", optimize=True)
@@ -140,7 +144,7 @@ def small_panel(pairs: Sequence[Pair], predictions: Sequence[NDArray[np.float32]
 
 
 def reduced(figure: Figure) -> bytes:
-    """A figure as a small PNG of few colours: for where the whole one is kept elsewhere."""
+    """A figure as a small square PNG of few colours, at its top: for where the whole one is kept elsewhere."""
     from PIL import Image
 
     whole = BytesIO()
@@ -148,8 +152,10 @@ def reduced(figure: Figure) -> bytes:
     with Image.open(whole) as picture:
         small = picture.convert("RGB")
     small.thumbnail((_REDUCED_SIDE, _REDUCED_SIDE), Image.Resampling.BOX)
+    square = Image.new("RGB", (_REDUCED_SIDE, _REDUCED_SIDE), "white")
+    square.paste(small, (0, 0))
     made = BytesIO()
-    small.quantize(_SMALL_COLOURS, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(
+    square.quantize(_SMALL_COLOURS, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(
         made, "PNG", optimize=True
     )
     return made.getvalue()

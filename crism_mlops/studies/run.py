@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 # Of a trial's training time, at most so much goes into validation by default.
 VALIDATION_SHARE = 0.15
 # Pictures of validation scenes that a trial leaves, spread over its epochs.
-VALIDATION_PICTURES = 5
+VALIDATION_PICTURES = 4
 
 
 # Not the trial's fault, and the next one would end the same way: it is interrupted, and goes on once the
