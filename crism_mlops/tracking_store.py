@@ -69,6 +69,8 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     # It prints the traceback of an error that it raises as well.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # It tells of a statement that MLflow makes again in another way: metrics some of which are there already.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     with translated(uri), _migration_lock(uri):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)

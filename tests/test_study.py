@@ -520,6 +520,20 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
                  "test/carbonate_area", "test/carbonate_f1_ceiling", "val/skill", "test/skill"):  # fmt: skip
         assert name in done.metrics, name
 
+    # What the UI shows of it: pictures of each validated epoch and of the test, data sets, scores of the model.
+    pictures = [f.path for f in tracker.client.list_artifacts(done.run_id, "images") if f.path.endswith(".png")]
+    assert sorted(path.split("+timestamp")[0] for path in pictures) == [
+        "images/_panels~test+step+0", "images/_panels~validation+step+0", "images/_panels~validation+step+1"
+    ]  # fmt: skip
+    used = tracker.client.get_run(done.run_id).inputs.dataset_inputs
+    assert sorted(one.tags[0].value for one in used) == ["test", "training", "validation"]
+    model = tracker.client.get_logged_model(done.tags["crism.model_id"])
+    figures = {m.key: (m.value, m.dataset_name) for m in model.metrics}
+    assert figures["test/rmse"] == (done.metrics["test/rmse"], "simulated-pnr-test")
+    assert figures["objective"] == (done.metrics["objective"], "simulated-pnr-validation")
+    assert "test RMSE" in done.tags["mlflow.note.content"]
+    assert "test RMSE" not in pruned.tags["mlflow.note.content"]
+
     # One path from what was logged to the logged score.
     from crism_mlops.studies.score import evaluate
     from crism_mlops.tracking import download_checkpoint
