@@ -51,7 +51,7 @@ class Noisy:
         for epoch in range(1, EPOCHS + 1):
             error = 255.0 * noise * (1.0 + 2.0 / epoch)
             tracker.metrics(run_id, {"train/loss": noise / epoch, objective: error}, epoch)
-            if epoch in (1, 3, 5, 8, 10):
+            if epoch in (1, 4, 7, 10):
                 shown = predicted(validation[:3], noise * (1.0 + 2.0 / epoch))
                 log_progress(tracker, run_id, validation[:3], shown, f"epoch {epoch} of {EPOCHS}", epoch)
             hooks.report(epoch, {objective: error})
@@ -114,21 +114,21 @@ def _measure(asked: argparse.Namespace, folder: Path) -> None:
     began = time.perf_counter()
     run_study(sweep, scenes, tracker, storage, run=Noisy())
     print(f"{asked.trials} trials of {len(scenes)} scenes of {asked.size} px in {time.perf_counter() - began:.0f} s")
-    before = _sizes(folder)
     began = time.perf_counter()
     log_report(tracker, sweep.study, open_store(storage))
     logged = time.perf_counter() - began
-    after = _sizes(folder)
-    trials = tracker.find(crism_kind="trial", crism_study=sweep.study)
+    kinds = {r.run_id: r.kind for r in tracker.find(crism_study=sweep.study)}
+    trials = [r for r in tracker.find(crism_kind="trial", crism_study=sweep.study)]
     finished = sum(r.status == "FINISHED" for r in trials)
-    print(f"{finished} finished, {len(trials) - finished} pruned")
-    print("\n| artifacts of the study, floors among them | MB | of which a finished trial, kB |")
-    print("| --- | --- | --- |")
-    for kind, size in before.most_common():
-        print(f"| {kind} | {size / 1e6:.1f} | {size / 1e3 / max(finished, 1):.0f} |")
-    total, own = sum(after.values()), sum(after.values()) - sum(before.values())
-    print(f"| summary, figures and tables on the study's own run ({logged:.1f} s) | {own / 1e6:.1f} | |")
-    print(f"| all | {total / 1e6:.1f} | |")
+    print(f"{finished} finished, {len(trials) - finished} pruned\n\n| artifacts | MB |\n| --- | --- |")
+    sizes = _sizes(folder, kinds)
+    for kind in ("trial", "floor", "study"):
+        print(f"| of all runs of kind {kind} | {sum(sizes[kind].values()) / 1e6:.1f} |")
+    print(f"| all | {sum(sum(one.values()) for one in sizes.values()) / 1e6:.1f} |")
+    print("\n| a finished trial leaves | kB |\n| --- | --- |")
+    for name, size in sizes["trial"].most_common():
+        print(f"| {name} | {size / 1e3 / max(finished, 1):.0f} |")
+    print(f"\nsummary, figures and tables onto the study's run: {logged:.1f} s")
     print("\n| report | s, command and all | MB |\n| --- | --- | --- |")
     for kind in ("html", "md", "pdf", "csv", "tex"):
         out = folder / "reports" / kind
@@ -140,15 +140,16 @@ def _measure(asked: argparse.Namespace, folder: Path) -> None:
         print(f"| {kind} | {spent:.1f} | {sum(p.stat().st_size for p in out.rglob('*') if p.is_file()) / 1e6:.2f} |")
 
 
-def _sizes(folder: Path) -> Counter[str]:
-    """Bytes of the artifacts by what they are."""
-    found: Counter[str] = Counter()
-    for path in folder.rglob("artifacts/**/*"):
-        if path.is_file() and "models" not in path.parts:
-            within = path.relative_to(
-                next(p for p in path.parents if p.name == "artifacts" and len(p.parent.name) == 32)
-            )
-            found[f"{within.parts[0]}/" if len(within.parts) > 1 else within.name] += path.stat().st_size
+def _sizes(folder: Path, kinds: dict[str, str]) -> dict[str, Counter[str]]:
+    """Bytes of the artifacts by their run's kind and by what they are."""
+    found: dict[str, Counter[str]] = {kind: Counter() for kind in set(kinds.values())}
+    for run_id, kind in kinds.items():
+        (place,) = folder.rglob(f"{run_id}/artifacts")
+        for path in place.rglob("*"):
+            if path.is_file():
+                within = path.relative_to(place)
+                name = f"{within.parts[0]}/" if len(within.parts) > 1 else within.name
+                found[kind][name] += path.stat().st_size
     return found
 
 
