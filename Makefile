@@ -41,11 +41,12 @@ $(STAMP):
 	@rm -f $(VENV)/.setup-*
 	@touch $@
 
-demo: setup ## Two small sweeps on simulated scenes, then promote the best run and show where things stand
+demo: setup ## Two small sweeps on simulated scenes, then promote the best run, show where things stand, write it up
 	$(BIN)/crism-mlops sweep sweeps/quickstart-unet.yaml
 	$(BIN)/crism-mlops sweep sweeps/quickstart-ip2p.yaml
 	$(BIN)/crism-mlops promote --experiment crism-quickstart
 	$(BIN)/crism-mlops status --experiment crism-quickstart
+	$(BIN)/crism-mlops report --experiment crism-quickstart -o report
 
 test: setup ## The unit tests: everything below tests/ but tests/integration
 	@files=$$(find tests -path tests/integration -prune -o -name 'test_*.py' -print | sort); \
