@@ -35,6 +35,7 @@ def report(
 
     Example: crism-mlops report quickstart-unet quickstart-ip2p -o report/
     """
+    from crism_mlops.errors import StudyError
     from crism_mlops.reports.content import all_studies, compose
     from crism_mlops.reports.parent import log_report
     from crism_mlops.reports.record import experiment_of, search_store, study_names
@@ -61,7 +62,11 @@ def report(
         progress.say(f"{kind.value}: {made[0]}{more}, {size / 1e6:.1f} MB")
     if log:
         for name in chosen:
-            progress.say(f"logged on run {log_report(tracker, name, store)} of {name}")
+            try:
+                progress.say(f"logged on run {log_report(tracker, name, store)} of {name}")
+            except StudyError as error:
+                # The others have runs of their own.
+                progress.say(f"not logged: {error}")
 
 
 def compare(
@@ -122,15 +127,20 @@ def _metrics(asked: list[str] | None, protocol: Measure) -> list[str]:
 
 def _scored(tracker: Tracker, what: list[str]) -> list[tuple[str, Scored]]:
     """What was named, with its table by scene; of one study alone, what its best is held against as well."""
+    from crism_mlops.errors import TrackingError
     from crism_mlops.reports.comparison import find_run, read_scored
     from crism_mlops.reports.findings import references
     from crism_mlops.reports.record import read_study, study_names
 
     if len(what) == 1 and what[0] in study_names(tracker):
-        record = read_study(tracker, what[0], None)
         best = find_run(tracker, what[0])
-        return [("best trial", read_scored(tracker, best)),
-                *((words, read_scored(tracker, run)) for words, run in references(record))]  # fmt: skip
+        scored = [("best trial", read_scored(tracker, best))]
+        for words, run in references(read_study(tracker, what[0], None)):
+            try:
+                scored.append((words, read_scored(tracker, run)))
+            except TrackingError as error:
+                typer.echo(f"not compared: {words} {run.name}: {error}", err=True)
+        return scored
     return [(name, read_scored(tracker, find_run(tracker, name))) for name in what]
 
 

@@ -96,12 +96,20 @@ class RunInfo:
 
 def contenders(runs: Iterable[RunInfo]) -> list[RunInfo]:
     """The finished trials that can be the best: those that keep to their study's constraints, and where the best
-    ones were repeated with other seeds, these alone: one lucky seed beats no mean. Not the repetitions themselves."""
+    ones were repeated with other seeds, these alone: one lucky seed beats no mean. Not the repetitions themselves, nor
+    settings of which one breaks a constraint."""
+    trials = [run for run in runs if run.kind == "trial"]
+    broken = {
+        (run.tags.get("crism.study"), run.tags.get(REPEAT_OF, run.tags.get("crism.trial_number")))
+        for run in trials
+        if INFEASIBLE in run.tags
+    }
     found = [
         run
-        for run in runs
-        if run.kind == "trial" and run.status == "FINISHED" and REPEAT_OF not in run.tags
-        and INFEASIBLE not in run.tags and math.isfinite(run.ranking)
+        for run in trials
+        if run.status == "FINISHED" and REPEAT_OF not in run.tags and INFEASIBLE not in run.tags
+        and (run.tags.get("crism.study"), run.tags.get("crism.trial_number", run.run_id)) not in broken
+        and math.isfinite(run.ranking)
     ]  # fmt: skip
     repeated = {run.tags.get("crism.study") for run in found if "seeds/mean" in run.metrics}
     return [run for run in found if run.tags.get("crism.study") not in repeated or "seeds/mean" in run.metrics]
@@ -367,7 +375,11 @@ class Tracker:
         logged none."""
         import pandas
 
-        rows = pandas.read_parquet(io.BytesIO(self.read(run_id, file))).to_dict("records")
+        content = self.read(run_id, file)
+        try:
+            rows = pandas.read_parquet(io.BytesIO(content)).to_dict("records")
+        except (ValueError, OSError) as error:
+            raise TrackingError(f"run {run_id}: {file} is damaged ({one_line(error)})") from error
         return [{str(key): value for key, value in row.items()} for row in rows]
 
     def model(self, run_id: str, checkpoint: Path, metadata: Mapping[str, Any], channels: int) -> str:

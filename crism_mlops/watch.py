@@ -16,7 +16,7 @@ from crism_mlops.studies.board import Board
 from crism_mlops.studies.overview import overview
 from crism_mlops.studies.run import Hooks
 from crism_mlops.studies.storage import SearchStore, is_away, load_study
-from crism_mlops.studies.trial import Desk, Listener
+from crism_mlops.studies.trial import FAREWELL_S, Desk, Listener
 
 log = logging.getLogger(__name__)
 EVERY_S = 1.0
@@ -62,13 +62,18 @@ class Watch:
 
             board.idle(worker, "figures")
             say(f"{desk.sweep.study}: summary, figures and tables for its run in MLflow")
+            patience, desk.tracker.patience = desk.tracker.patience, FAREWELL_S
             try:
-                log_report(desk.tracker, desk.sweep.study, desk.store)
+                # The study has ended: nobody waits for a server that goes away now.
+                with desk.store.within(FAREWELL_S):
+                    log_report(desk.tracker, desk.sweep.study, desk.store)
             except Exception as error:
                 # The study has ended, and is none the worse for a picture that cannot be made.
                 log.debug("report of %s", desk.sweep.study, exc_info=error)
                 say(f"figures of {desk.sweep.study} were not logged ({one_line(error)}); later: crism-mlops report "
                     f"{desk.sweep.study} --log")  # fmt: skip
+            finally:
+                desk.tracker.patience = patience
 
         hooks = Hooks(
             step=lambda step, total, loss: board.step(worker, step, total, loss),

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crism_mlops.config import error_sign
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.inference import Difference, Interval, mean_interval
 from crism_mlops.evaluation.metrics import FIGURES, METRICS
 from crism_mlops.evaluation.scores import compared, slug
-from crism_mlops.reports.record import study_names
-from crism_mlops.tracking import RunInfo, Tracker, contenders
+from crism_mlops.reports.record import read_study, study_names
+from crism_mlops.tracking import RunInfo, Tracker
 
 Measure = Literal["valid", "stretch_free", "thesis"]
 BALANCED, ALL = "balanced", "all"
@@ -103,18 +102,15 @@ def find_run(tracker: Tracker, what: str) -> RunInfo:
         return tracker.run(tracker.run_of_model(what if what.startswith("models:/") else f"models:/{what}"))
     studies = study_names(tracker)
     if what in studies:
-        parents = tracker.find(crism_study=what, crism_kind="study")
-        objective = parents[-1].tags.get("crism.objective", "val/rmse")
-        best = min(
-            contenders(tracker.find(crism_study=what)), key=lambda r: error_sign(objective) * r.ranking, default=None
-        )
+        best = read_study(tracker, what, None).best
         if best is None:
             raise EvaluationError(f"study {what!r} has no finished trial yet; name a run, or run more trials")
         return best
     runs = [r for r in tracker.find() if what in (r.run_id, r.name)]
     finished = [r for r in runs if r.status == "FINISHED"]
-    if len({(r.kind in ("floor", "ceiling"), r.params.get("inputs_digest", r.run_id)) for r in finished}) == 1:
-        # Several studies' floors of the same scenes and input, which have the same figures; or one run.
+    fixed = all(r.kind in ("floor", "ceiling") for r in finished)
+    if fixed and len({r.params.get("inputs_digest", r.run_id) for r in finished}) == 1:
+        # Several studies' floors of the same scenes and input, which have the same figures.
         finished = finished[-1:]
     if len(finished) > 1:
         ids = ", ".join(r.run_id for r in finished[:4])

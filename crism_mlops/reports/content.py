@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -42,7 +43,7 @@ from crism_mlops.reports.standing import (
     references_table,
     strata_table,
 )
-from crism_mlops.reports.summary import sentences
+from crism_mlops.reports.summary import no_runner_up, sentences
 from crism_mlops.scenes.quicklook import NO_DATA
 from crism_mlops.studies.plan import as_yaml
 from crism_mlops.studies.storage import SearchStore
@@ -103,7 +104,7 @@ def _side_by_side(studies: Sequence[Findings]) -> Iterator[Block]:
         Column("test/ssim", "SSIM ↑", True),
         Column("test/lpips", "LPIPS ↓", True), Column("test/skill", "skill ↑", True),
         Column("test_worst/rmse", "worst stratum RMSE ↓", True), Column("thesis/rmse", "thesis RMSE ↓", True),
-        Column("cost/minutes", "minutes of all trials", True),
+        Column("cost/minutes", "minutes of finished trials", True),
     )  # fmt: skip
     rows = []
     for study, best in having:
@@ -180,10 +181,10 @@ def _better(study: Findings, studies: Sequence[Findings], published: Sequence[Ru
         if (one := other.scored(best)) is not None:
             opponents.append(Opponent(f"best {MODELS.get(other.record.model, other.record.model)}", one))
     if not any(o.what == "runner-up" for o in opponents):
-        yield Text(("There is no runner-up: only one trial finished.",), "lacking")
-    # The published row that is nearest: most of the tables' rows are of other choices.
-    nearest = sorted(published, key=lambda r: r.metrics.get("thesis/rmse", math.inf))[:1]
-    table, lacking = differences_table(mine, opponents, nearest)
+        yield Text((no_runner_up(study.record),), "lacking")
+    # The published row with the lowest error: the others are of choices that did worse.
+    lowest = sorted(published, key=lambda r: r.metrics.get("thesis/rmse", math.inf))[:1]
+    table, lacking = differences_table(mine, opponents, lowest)
     yield table
     if lacking:
         yield Text(tuple(lacking), "lacking")
@@ -343,10 +344,16 @@ def _again(tracker: Tracker, study: Findings, best: RunInfo | None) -> Iterator[
         lines.append(f"best trial: run {best.run_id}, model models:/{best.tags.get('crism.model_id', '?')}")
     yield Text(tuple(lines), "list")
     if record.sweep is None:
-        yield Text(("The study file is not stored (a study of an older version): run its sweep once more.",), "lacking")
+        why = f"The study file cannot be had ({record.without_file}): run its sweep once more."
+        yield Text((why,), "lacking")
         return
-    checkout = [f"git checkout {commits[-1].removesuffix('+dirty')}"] if commits else []
-    command = f"crism-mlops sweep {record.name}.yaml --new-study {record.name}-again"
+    commit = "unknown" if best is None else best.params.get("git_commit", "unknown")
+    if commit.endswith("+dirty"):
+        yield Text(("The best trial ran with files that differ from its commit: nobody has kept them.",), "lacking")
+    checkout = [] if commit == "unknown" else [f"git checkout {shlex.quote(commit.removesuffix('+dirty'))}"]
+    command = (
+        f"crism-mlops sweep {shlex.quote(f'{record.name}.yaml')} --new-study {shlex.quote(f'{record.name}-again')}"
+    )
     yield Code("Again, from the study file below", "\n".join([*checkout, command]))
     yield Code("The resolved study file", as_yaml(record.sweep), f"{record.name}.yaml")
     if best is not None:

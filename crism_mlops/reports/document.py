@@ -135,6 +135,11 @@ class Document:
         return [block for block in self.blocks if isinstance(block, Table)]
 
 
+def plain_number(value: float) -> str:
+    """A setting: three digits, whole numbers in full."""
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.3g}"
+
+
 def number(value: float | None, metric: str = "") -> Cell:
     """A figure as the field writes it: RMSE with two decimals, cosine, which is always near 1, with four, others with
     three; - where there is none."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from crism_mlops.config import error_sign
+from crism_mlops.reports.document import plain_number
+from crism_mlops.reports.record import state_of
 from crism_mlops.tracking import RunInfo
 
 # Numbers of more values than this, or of which most trials have one of their own, are put into at most BINS ranges
@@ -31,7 +33,8 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A searched key. spread: how far the means of its levels lie apart."""
+    """A searched key. spread: how far the means of its levels (of those with FEWEST trials, where two have so many)
+    lie apart."""
 
     key: str
     levels: tuple[Level, ...]
@@ -44,13 +47,13 @@ class Effect:
 
 
 def effects(trials: Sequence[RunInfo], keys: Sequence[str], objective: str) -> list[Effect]:
-    """Marginal means over trials, the key with the largest spread first; keys of one level only are left out.
+    """Marginal means over finished trials, the key with the largest spread first; keys of one level only are left out.
 
     They are no experiment's: a sampler draws more where it expects better, so a level's trials differ in the other
     keys as well.
     """
     values = {r.run_id: r.metrics.get("objective", math.nan) for r in trials}
-    known = [r for r in trials if math.isfinite(values[r.run_id])]
+    known = [r for r in trials if state_of(r) in ("finished", "infeasible") and math.isfinite(values[r.run_id])]
     sign = error_sign(objective)
     found = []
     for key in keys:
@@ -62,9 +65,11 @@ def effects(trials: Sequence[RunInfo], keys: Sequence[str], objective: str) -> l
             best = sign * float(np.min(sign * figures))
             levels.append(Level(words, len(runs), float(figures.mean()), low, high, best))
         if len(levels) > 1:
-            means = [level.mean for level in levels]
+            # One diverged trial alone at a value is no effect of the key.
+            telling = [level for level in levels if level.trials >= FEWEST]
+            means = [level.mean for level in (telling if len(telling) > 1 else levels)]
             found.append(Effect(key, tuple(levels), max(means) - min(means)))
-    return sorted(found, key=lambda e: -e.spread)
+    return sorted(found, key=lambda e: (not e.told, -e.spread))
 
 
 def _levels(key: str, runs: Sequence[RunInfo]) -> list[tuple[str, list[RunInfo]]]:
@@ -74,7 +79,7 @@ def _levels(key: str, runs: Sequence[RunInfo]) -> list[tuple[str, list[RunInfo]]
     values = set(numbers.values())
     if len(numbers) < len(texts) or (len(values) <= MOST_LEVELS and 2 * len(values) <= len(texts)):
         order = sorted(set(texts.values()), key=lambda text: (_number(text) is None, _number(text) or 0.0, text))
-        shown = {text: text if (value := _number(text)) is None else f"{value:.3g}" for text in order}
+        shown = {text: text if (value := _number(text)) is None else plain_number(value) for text in order}
         return [(shown[text], [r for r in runs if texts[r.run_id] == text]) for text in order]
     ranked = sorted(runs, key=lambda r: numbers[r.run_id])
     count = min(max(len(ranked) // FEWEST, 2), BINS)
@@ -83,7 +88,8 @@ def _levels(key: str, runs: Sequence[RunInfo]) -> list[tuple[str, list[RunInfo]]
 
 
 def _range(low: float, high: float) -> str:
-    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+    first, last = plain_number(low), plain_number(high)
+    return first if first == last else f"{first} to {last}"
 
 
 def _number(text: str) -> float | None:

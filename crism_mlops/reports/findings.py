@@ -64,8 +64,10 @@ def read_findings(tracker: Tracker, name: str, store: SearchStore | None) -> Fin
 
 
 def _figures(record: StudyRecord) -> Figures:
-    if record.search is None or record.sweep is None:
+    if record.search is None:
         return Figures({}, dict.fromkeys(TITLES, "the search database does not hold the study"), {})
+    if record.sweep is None:
+        return Figures({}, dict.fromkeys(TITLES, f"its study file cannot be read ({record.without_file})"), {})
     return study_figures(record.search, record.sweep, reference_lines(record))
 
 

@@ -36,9 +36,6 @@ def log_report(tracker: Tracker, name: str, store: SearchStore | None) -> str:
     if parent is None:
         raise StudyError(f"study {name!r} has no run of its own in MLflow (deleted?): restore it, then log the report")
     text = "\n\n".join([*sentences(findings), *findings.lacking])
-    # What the study says of itself stays below; an earlier summary goes.
-    own = parent.tags.get(NOTE, "").rpartition(_RULE)[2]
-    tracker.tags(parent.run_id, {NOTE: f"{text[:_LONGEST]}{_RULE}{own}" if own else text[:_LONGEST]})
     tracker.text(parent.run_id, f"{text}\n", "summary.md")
     for key, figure in findings.figures.made.items():
         for kind in ("png", "pdf"):
@@ -48,6 +45,9 @@ def log_report(tracker: Tracker, name: str, store: SearchStore | None) -> str:
             {column.title: cell.text for column, cell in zip(table.columns, row, strict=True)} for row in table.rows
         ]
         tracker.table(parent.run_id, rows, f"tables/{table.key}.json")
+    # What the study says of itself stays below, as it is by now; an earlier summary goes.
+    own = tracker.run(parent.run_id).tags.get(NOTE, "").rpartition(_RULE)[2]
+    tracker.tags(parent.run_id, {NOTE: f"{text[:_LONGEST]}{_RULE}{own}"})
     return parent.run_id
 
 

@@ -6,11 +6,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from crism_mlops.reports.document import Code, Document, Gallery, Picture, Section, Table, Text
+from crism_mlops.reports.document import Cell, Code, Document, Gallery, Picture, Section, Table, Text
 from crism_mlops.reports.writing import row_of
 
-# Millimetres that stay free at the foot.
-_MARGIN = 16.0
+# Millimetres that stay free at the foot, and that a column has at least; letters of a cell at most, as a row must fit
+# on a page.
+_MARGIN, _NARROWEST, _LONGEST = 16.0, 7.0, 240
 _SOFT, _WARN, _SHADE = (90, 96, 105), (255, 244, 214), (244, 246, 248)
 
 
@@ -105,7 +106,7 @@ def _table(pdf: Any, table: Table) -> None:
     texts = [[column.title for column in table.columns]]
     # As on a page: of many columns the intervals stand below their figures.
     split = "\n[" if wide else " ["
-    texts += [[c.text if c.low is None else c.text.replace(" [", split) for c in row] for row in table.rows]
+    texts += [[_shown(c, split) for c in row] for row in table.rows]
     widths = _widths(pdf, texts, size)
     pdf.set_font("body", "", size)
     aligned = tuple("RIGHT" if column.numeric else "LEFT" for column in table.columns)
@@ -120,6 +121,11 @@ def _table(pdf: Any, table: Table) -> None:
     _paragraph(pdf, table.note, 7.5, _SOFT)
 
 
+def _shown(cell: Cell, split: str) -> str:
+    text = cell.text if cell.low is None else cell.text.replace(" [", split)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
 def _widths(pdf: Any, texts: list[list[str]], size: float) -> list[float]:
     """Millimetres of each column: what its longest line needs, long ones broken, all together a page at most."""
     # Measured as if all were bold: headings and marked rows are.
@@ -131,9 +137,13 @@ def _widths(pdf: Any, texts: list[list[str]], size: float) -> list[float]:
         words = [word for text in column for word in text.split()]
         longest = max((pdf.get_string_width(line) for line in lines), default=0.0)
         word = max((pdf.get_string_width(one) for one in words), default=0.0)
-        wanted.append(max(min(longest, pdf.epw / 4.0), word) + 3.2)
-    scale = min(1.0, pdf.epw / sum(wanted))
-    return [width * scale for width in wanted]
+        wanted.append(max(min(longest, pdf.epw / 4.0), min(word, pdf.epw / 6.0)) + 3.2)
+    # fpdf2 refuses what is wider than the page by a rounding error.
+    room = pdf.epw - 0.1
+    least = min(_NARROWEST, room / len(wanted))
+    spare = sum(width - least for width in wanted)
+    scale = min(1.0, (room - least * len(wanted)) / spare) if spare > 0.0 else 0.0
+    return [least + (width - least) * scale for width in wanted]
 
 
 def _picture(pdf: Any, png: bytes, alt: str, caption: str) -> None:

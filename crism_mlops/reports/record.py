@@ -15,19 +15,21 @@ from crism_mlops.errors import CrismError, StudyError, TrackingError, one_line
 from crism_mlops.studies.ledger import own
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.storage import SearchStore, load_study, open_store
+from crism_mlops.studies.trial import TOKEN
 from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+TOKEN_TAG = "crism.study_token"
 _STATES = {"FINISHED": "finished", "FAILED": "failed", "RUNNING": "running"}
 
 
 @dataclass(frozen=True, slots=True)
 class StudyRecord:
     """One study. trials: its own, by number; repeats: those with other seeds; floors and ceilings: finished ones,
-    once each. search, sweep: Optuna's study and the resolved study file, None where nobody has them. lacking: what
-    is missing, a sentence each."""
+    once each. search, sweep: Optuna's study and the resolved study file, None where nobody has them; without_file: why
+    there is no file. lacking: what is missing, a sentence each."""
 
     name: str
     experiment: str
@@ -39,11 +41,21 @@ class StudyRecord:
     search: optuna.Study | None
     sweep: SweepConfig | None
     lacking: tuple[str, ...]
+    without_file: str = ""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The figures that the search looked at."""
+        if self.sweep is not None:
+            return tuple(self.sweep.objective.metrics)
+        if self.search is not None and (known := self.search.user_attrs.get("crism.metrics")):
+            return tuple(map(str, known))
+        return ("val/rmse" if self.parent is None else self.parent.tags.get("crism.objective", "val/rmse"),)
 
     @property
     def objective(self) -> str:
-        """The figure that trials are ranked by."""
-        return "val/rmse" if self.parent is None else self.parent.tags.get("crism.objective", "val/rmse")
+        """The first of them, by which trials are ranked."""
+        return self.objectives[0]
 
     @property
     def model(self) -> str:
@@ -69,13 +81,19 @@ class StudyRecord:
 
     def floors_of(self, run: RunInfo) -> list[RunInfo]:
         """The floors of a trial's own scenes and input, the best (by RMSE of the balanced test set) first."""
-        same = [f for f in self.floors if _inputs(f) == _inputs(run)]
+        same = {f.name: f for f in self.floors if _alike(f, run)}.values()
         return sorted(same, key=lambda f: f.metrics.get("test/rmse", float("inf")))
 
 
-def _inputs(run: RunInfo) -> tuple[str | None, ...]:
-    digest = run.params.get("inputs_digest")
-    return (digest,) if digest else (run.params.get("data.variant"), run.params.get("data.normalization"))
+def _alike(one: RunInfo, other: RunInfo) -> bool:
+    """Whether two runs saw the same scenes and input; of runs without a digest, of older versions, the same kind of
+    input."""
+    digests = [r.params.get("inputs_digest") for r in (one, other)]
+    if all(digests):
+        return digests[0] == digests[1]
+    kinds = [[r.params.get(f"data.{k}", r.tags.get(f"crism.{k}")) for k in ("variant", "normalization")]
+             for r in (one, other)]  # fmt: skip
+    return kinds[0] == kinds[1]
 
 
 def state_of(run: RunInfo) -> str:
@@ -90,8 +108,9 @@ def trial_number(run: RunInfo) -> int:
 
 
 def study_names(tracker: Tracker) -> list[str]:
-    """Names of the studies of an experiment, oldest first."""
-    return list(dict.fromkeys(r.tags["crism.study"] for r in tracker.find(crism_kind="study")))
+    """Names of the studies of an experiment, oldest first; also of those whose own run was deleted."""
+    runs = [*tracker.find(crism_kind="study"), *tracker.find(crism_kind="trial")]
+    return list(dict.fromkeys(r.tags["crism.study"] for r in runs if "crism.study" in r.tags))
 
 
 def read_study(tracker: Tracker, name: str, store: SearchStore | None) -> StudyRecord:
@@ -106,8 +125,10 @@ def read_study(tracker: Tracker, name: str, store: SearchStore | None) -> StudyR
         except StudyError:
             lacking.append(f"The search database {store.shown} does not hold {name}: figures of the search come from "
                            "MLflow, as far as it has them.")  # fmt: skip
-    if search is not None and search.user_attrs.get("crism.experiment", tracker.experiment) != tracker.experiment:
-        search = None  # Another one of that name.
+    named = tracker.experiment if search is None else search.user_attrs.get("crism.experiment", tracker.experiment)
+    if named != tracker.experiment:
+        search = None
+        lacking.append(f"The search database's {name} is of experiment {named!r}: it is left out.")
     if not runs and search is None:
         raise StudyError(
             f"no study {name!r} in experiment {tracker.experiment!r}; it holds "
@@ -117,7 +138,11 @@ def read_study(tracker: Tracker, name: str, store: SearchStore | None) -> StudyR
     if parent is None:
         lacking.append("The study's own run is missing (deleted in MLflow?): its audit, file and surroundings are "
                        "not to be had.")  # fmt: skip
-    trials = sorted((r for r in runs if r.kind == "trial"), key=trial_number)
+    every = [r for r in runs if r.kind == "trial"]
+    trials = sorted(_of_one_study(every, search), key=trial_number)
+    if others := len(every) - len(trials):
+        lacking.append(f"{others} trials are of an earlier study of that name: they are left out.")
+    sweep, without_file = _sweep(tracker, parent, search)
     lacking += _gaps(search, {trial_number(r) for r in trials})
     return StudyRecord(
         name,
@@ -128,9 +153,18 @@ def read_study(tracker: Tracker, name: str, store: SearchStore | None) -> StudyR
         _latest(runs, "floor"),
         _latest(runs, "ceiling"),
         search,
-        _sweep(tracker, parent, search),
+        sweep,
         tuple(lacking),
+        without_file,
     )
+
+
+def _of_one_study(trials: Sequence[RunInfo], search: optuna.Study | None) -> list[RunInfo]:
+    """The trials of the study that stands in the search database, or of the latest one: another one may have had its
+    name before. Those of older versions do not say."""
+    tokens = [r.tags[TOKEN_TAG] for r in trials if TOKEN_TAG in r.tags]
+    wanted = (None if search is None else search.user_attrs.get(TOKEN)) or (tokens[-1] if tokens else None)
+    return [r for r in trials if r.tags.get(TOKEN_TAG, wanted) == wanted]
 
 
 def _gaps(search: optuna.Study | None, known: set[int]) -> list[str]:
@@ -146,21 +180,25 @@ def _gaps(search: optuna.Study | None, known: set[int]) -> list[str]:
 
 
 def _latest(runs: Sequence[RunInfo], kind: str) -> tuple[RunInfo, ...]:
-    """Finished runs of a kind, of several of one name the last."""
-    found = {r.name: r for r in runs if r.kind == kind and r.status == "FINISHED"}
+    """Finished runs of a kind, of several of one name and input the last."""
+    found = {(r.name, r.params.get("inputs_digest")): r for r in runs if r.kind == kind and r.status == "FINISHED"}
     return tuple(found.values())
 
 
-def _sweep(tracker: Tracker, parent: RunInfo | None, search: optuna.Study | None) -> SweepConfig | None:
-    """The resolved study file, from the search database or from the study's run."""
-    try:
-        if search is not None:
-            return stored_sweep(search)
-        if parent is not None:
-            return override_sweep(read_yaml(tracker.read(parent.run_id, "study.yaml").decode()))
-    except (CrismError, ValueError):
-        return None  # Of an older version: the report says that it has no study file.
-    return None
+def _sweep(tracker: Tracker, parent: RunInfo | None, search: optuna.Study | None) -> tuple[SweepConfig | None, str]:
+    """The resolved study file, from the search database or from the study's run, or why neither has it."""
+    why = "neither the search database nor a run in MLflow holds it"
+    if search is not None:
+        try:
+            return stored_sweep(search), ""
+        except CrismError as error:
+            why = one_line(error)
+    if parent is not None:
+        try:
+            return override_sweep(read_yaml(tracker.read(parent.run_id, "study.yaml").decode())), ""
+        except (CrismError, ValueError) as error:
+            why = one_line(error)
+    return None, why
 
 
 def read_json(tracker: Tracker, run: RunInfo | None, file: str) -> tuple[Any, str]:

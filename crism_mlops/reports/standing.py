@@ -12,7 +12,7 @@ from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.inference import Difference, Interval
 from crism_mlops.evaluation.metrics import METRICS
 from crism_mlops.reports.comparison import BALANCED, Measure, Scored, against_published, paired, strata
-from crism_mlops.reports.document import Cell, Column, Table, bounded, number
+from crism_mlops.reports.document import Cell, Column, Table, bounded, number, plain_number
 from crism_mlops.reports.effects import Effect
 from crism_mlops.reports.record import StudyRecord, searched_keys, state_of, trial_number
 from crism_mlops.tracking import RunInfo
@@ -42,7 +42,7 @@ def setting(run: RunInfo, key: str) -> Cell:
         value = float(text)
     except ValueError:
         return Cell(text)
-    return Cell(f"{value:.3g}", value)
+    return Cell(plain_number(value), value) if math.isfinite(value) else Cell(text)
 
 
 def logged(run: RunInfo, figure: str) -> Cell:
@@ -56,23 +56,27 @@ def ranked_table(record: StudyRecord) -> Table:
     """Every trial: those that can be the best in their order, then the others by number."""
     keys = searched_keys(record)
     ranked = record.ranked
-    places = {r.run_id: str(i + 1) for i, r in enumerate(ranked)}
+    places = {r.run_id: i + 1 for i, r in enumerate(ranked)}
     rest = [r for r in record.trials if r.run_id not in places]
     repeated = any("seeds/mean" in r.metrics for r in record.trials)
     metric = record.objective.rsplit("/", 1)[-1]
-    columns = [Column("rank", "#"), Column("trial", "trial", True), Column("state", "state")]
+    columns = [Column("rank", "#", True), Column("trial", "trial", True), Column("state", "state")]
     columns += [Column(key, short(key), _numeric(record.trials, key)) for key in keys]
     columns += [Column(record.objective, f"{record.objective} {_ARROWS[error_sign(metric)]}", True)]
     columns += [Column("seeds/mean", "mean over seeds", True)] if repeated else []
+    columns += [Column(m, f"{m} {_ARROWS[error_sign(m)]}", True) for m in record.objectives[1:]]
     columns += [Column(f"test/{m}", f"test {arrowed(m)}", True) for m in METRICS]
     columns += [Column("test/skill", "skill ↑", True), Column("test_worst/rmse", "worst stratum RMSE ↓", True)]
     columns += [Column("cost/minutes", "minutes", True)]
     rows = []
     for run in [*ranked, *rest]:
-        cells = [Cell(places.get(run.run_id, "-")), Cell(str(trial_number(run)), float(trial_number(run)))]
+        place = places.get(run.run_id)
+        number_ = trial_number(run)
+        cells = [Cell("-") if place is None else Cell(str(place), float(place)), Cell(str(number_), float(number_))]
         cells += [Cell(_state(run)), *(setting(run, key) for key in keys)]
         cells += [number(run.metrics.get("objective", run.metrics.get(record.objective)), metric)]
         cells += [_seeds(run, metric)] if repeated else []
+        cells += [number(run.metrics.get(m), m) for m in record.objectives[1:]]
         cells += [logged(run, f"test/{m}") for m in METRICS]
         cells += [number(run.metrics.get("test/skill")), number(run.metrics.get("test_worst/rmse"), "rmse")]
         seconds = run.metrics.get("cost/seconds")

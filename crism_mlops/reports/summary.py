@@ -36,17 +36,23 @@ def sentences(study: Findings) -> Iterator[str]:
     scenes = study.scored(best)
     size = "" if scenes is None else f" over {len(scenes.of(BALANCED))} scenes"
     test = logged(best, "test/rmse").text
+    seeds = best.metrics.get("seeds/count")
+    of_seeds = "" if seeds is None else f" (mean over {seeds:.0f} seeds)"
+    if len(record.objectives) > 1:
+        of_seeds += f", the first of {len(record.objectives)} objectives"
     yield (
         f"{begun}; the best, trial {trial_number(best)} ({settings or 'nothing was searched'}), reached "
-        f"{record.objective} {number(best.ranking, metric).text} and on the balanced test set an RMSE of {test}{size}."
+        f"{record.objective} {number(best.ranking, metric).text}{of_seeds} and on the balanced test set an RMSE of "
+        f"{test}{size}."
     )
     against = [
         f"{_versus(study, what, run)} the {what} {run.name}" for what, run in study.references if what != "floor"
     ]
     skill = best.metrics.get("test/skill", math.nan)
     skill_words = f"; its skill over the best floor is {skill:.3f}" if math.isfinite(skill) else ""
-    nothing = "held against nothing: no floor and no other trial finished"
-    yield f"On test RMSE it is {'; '.join(against) or nothing}{skill_words}."
+    if not against:
+        against = ["held against nothing: no floor of its input and no other trial that can be ranked"]
+    yield f"On test RMSE it is {'; '.join(against)}{skill_words}."
     yield _what_mattered(study, best)
 
 
@@ -60,10 +66,10 @@ def _versus(study: Findings, what: str, run: RunInfo) -> str:
         found = next(d for d in paired(mine, other, BALANCED, "valid") if d.metric == "rmse")
     except (CrismError, StopIteration):
         return f"not comparable (other scenes) with, at {figures},"
-    return _difference_words(found, what == "ceiling")
+    return _difference_words(found)
 
 
-def _difference_words(found: Difference, ceiling: bool = False) -> str:
+def _difference_words(found: Difference) -> str:
     one = found.interval
     size = abs(one.mean)
     ends = sorted((abs(one.low), abs(one.high)))
@@ -71,7 +77,7 @@ def _difference_words(found: Difference, ceiling: bool = False) -> str:
         case "better":
             return f"better by {size:.2f} [{ends[0]:.2f}, {ends[1]:.2f}] than"
         case "worse":
-            return f"{'above' if ceiling else 'worse'} by {size:.2f} [{ends[0]:.2f}, {ends[1]:.2f}] than"
+            return f"worse by {size:.2f} [{ends[0]:.2f}, {ends[1]:.2f}] than"
         case "not shown":
             return f"not shown to differ (by {one.mean:+.2f} [{one.low:.2f}, {one.high:.2f}]) from"
         case _:
@@ -92,7 +98,7 @@ def _what_mattered(study: Findings, best: RunInfo) -> str:
         )
     else:
         parts.append(f"too few trials finished to say which choice mattered (two values with {FEWEST} trials each)")
-    if study.figures.importances and len(study.record.ranked) >= ENOUGH:
+    if study.figures.importances and study.record.counts.get("finished", 0) >= ENOUGH:
         key, share = next(iter(study.figures.importances.items()))
         parts.append(f"the importance of {short(key)} is {share:.0%}")
     if "test_worst/rmse" in best.metrics:
@@ -128,3 +134,15 @@ def _duration(seconds: float) -> str:
     if seconds < 5400.0:
         return f"{seconds / 60.0:.1f} minutes"
     return f"{seconds / 3600.0:.1f} hours"
+
+
+def no_runner_up(record: StudyRecord) -> str:
+    """Why the best trial has no runner-up that it is held against."""
+    if len(record.ranked) > 1:
+        return f"The runner-up {record.ranked[1].name} has no table by scene, so nothing is compared with it."
+    finished = record.counts.get("finished", 0)
+    if finished > 1:
+        return (
+            f"There is no runner-up: of {finished} finished trials only the best was repeated, or keeps to all limits."
+        )
+    return "There is no runner-up: no other trial finished."

@@ -13,8 +13,10 @@ from crism_mlops.reports.document import Document, Exhibit, Format, Gallery, Pic
 from crism_mlops.reports.page import page
 
 # What pdflatex does not know by itself.
-_TEX = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "×": r"$\times$", "±": r"$\pm$", "−": "--", "–": "--",
-        "°": r"\textdegree{}", "µ": r"\textmu{}", "…": r"\dots{}"}  # fmt: skip
+_TEX = {
+    "↓": r"$\downarrow$", "↑": r"$\uparrow$", "×": r"$\times$", "±": r"$\pm$", "<": "$<$", ">": "$>$", "−": "--",
+    "–": "--", "°": r"\textdegree{}", "µ": r"\textmu{}", "…": r"\dots{}",
+}  # fmt: skip
 
 
 def write_report(document: Document, kind: Format, out: Path) -> list[Path]:
@@ -42,6 +44,12 @@ def write_report(document: Document, kind: Format, out: Path) -> list[Path]:
     return made
 
 
+def safe_name(name: str) -> str:
+    """A file's name of letters, digits and ._- only: keys begin with a study's name, which somebody else's store may
+    have made up to lead elsewhere."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
+
+
 def check_output(kind: Format, out: Path) -> bool:
     """Whether `out` names the one file to be written. Raises EvaluationError where neither file nor folder can be."""
     single = kind in ("html", "pdf") and out.suffix.lower() == f".{kind}"
@@ -65,14 +73,15 @@ def _markdown(document: Document) -> dict[str, bytes]:
         loader=jinja2.PackageLoader("crism_mlops.reports"), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, autoescape=False,
     )  # fmt: skip
+    environment.filters["file"] = safe_name
     environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", r"\|").split())
     text = environment.get_template("report.md.j2").render(document=document, kind_of=lambda b: type(b).__name__)
     found = {"report.md": (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode()}
     for block in document.blocks:
         if isinstance(block, Picture):
-            found[f"figures/{block.key}.png"] = block.png
+            found[f"figures/{safe_name(block.key)}.png"] = block.png
         elif isinstance(block, Gallery):
-            found |= {f"figures/{exhibit.key}.png": row_of(exhibit) for exhibit in block.exhibits}
+            found |= {f"figures/{safe_name(exhibit.key)}.png": row_of(exhibit) for exhibit in block.exhibits}
     return found
 
 
@@ -91,7 +100,7 @@ def row_of(exhibit: Exhibit, scale: int = 1) -> bytes:
 
 
 def _csv(document: Document) -> dict[str, bytes]:
-    return {f"{table.key}.csv": _table_csv(table).encode() for table in document.tables}
+    return {f"{safe_name(table.key)}.csv": _table_csv(table).encode() for table in document.tables}
 
 
 def _table_csv(table: Table) -> str:
@@ -113,7 +122,7 @@ def _table_csv(table: Table) -> str:
 
 
 def _tex(document: Document) -> dict[str, bytes]:
-    return {f"{table.key}.tex": _table_tex(table).encode() for table in document.tables}
+    return {f"{safe_name(table.key)}.tex": _table_tex(table).encode() for table in document.tables}
 
 
 def _table_tex(table: Table) -> str:
@@ -124,13 +133,18 @@ def _table_tex(table: Table) -> str:
         [[cell.text for cell in row] for row in table.rows], columns=[column.title for column in table.columns]
     )
     text = frame.to_latex(
-        index=False, escape=True, caption=table.title, label=f"tab:{table.key}",
+        index=False, escape=True, caption=_escaped(table.title), label=f"tab:{safe_name(table.key)}",
         column_format="".join("r" if column.numeric else "l" for column in table.columns), position="htbp",
     )  # fmt: skip
     for sign, command in _TEX.items():
         text = text.replace(sign, command)
     note = "\n".join(f"% {line}" for line in table.note.splitlines())
     return f"% \\usepackage{{booktabs,textcomp}}\n{note}\n{text}"
+
+
+def _escaped(text: str) -> str:
+    """pandas escapes cells and headings, not captions."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "/")).replace("~", " ").replace("^", " ")
 
 
 def _pdf(document: Document) -> dict[str, bytes]:

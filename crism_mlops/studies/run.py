@@ -236,10 +236,6 @@ def fit(
         figures = {f"val/{m}": means[m] for m in METRICS} | {f"val_worst/{m}": table.worst(m) for m in METRICS}
         seconds = time.monotonic() - begun
         tracker.metrics(run_id, figures, epoch)
-        if epoch in pictured or last:
-            # Steps are counted from 0, as MLflow's slider stands there at first.
-            words, step = f"epoch {epoch} of {config.train.epochs}", bisect_left(pictured, epoch)
-            log_progress(tracker, run_id, quick, predicted, words, step)
         error = error_sign(objective) * figures[objective]
         # NaN is worse than anything: any figure of a later epoch is better.
         error = error if math.isfinite(error) else sys.float_info.max
@@ -264,9 +260,14 @@ def fit(
         notes["validation_seconds"] += seconds
         # Of a training that goes on, this may be the second time.
         notes["history"] = [[e, of] for e, of in notes["history"] if e < epoch] + [[epoch, figures]]
-        hooks.report(epoch, figures)
         stale = sum(e > kept.entries[0]["epoch"] for e, _ in notes["history"])
-        return config.train.patience is not None and stale >= config.train.patience
+        ends = config.train.patience is not None and stale >= config.train.patience
+        if epoch in pictured or last or ends:
+            # Steps are counted from 0, as MLflow's slider stands there at first.
+            words, step = f"epoch {epoch} of {config.train.epochs}", bisect_left(pictured, epoch)
+            log_progress(tracker, run_id, quick, predicted, words, step)
+        hooks.report(epoch, figures)
+        return ends
 
     hooks.phase("training")
     done = train(

@@ -339,7 +339,7 @@ def _parent_run(sweep: SweepConfig, study: optuna.Study, base: Manifest, tracker
     known = [r for r in tracker.find(crism_study=sweep.study) if r.kind == "study"]
     if known:
         tracker.reopen(known[-1].run_id)
-        tracker.tags(known[-1].run_id, total)
+        tracker.tags(known[-1].run_id, {**tags, **total})
         return known[-1].run_id
     run_id = tracker.start(sweep.study, "study", {**tags, **total}, params)
     describe_study(tracker, run_id, study_text(sweep, base))

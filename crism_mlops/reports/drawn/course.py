@@ -127,7 +127,7 @@ def intermediate(read: Reading) -> Figure | str:
     shown, log = _epochs_window(values, read.sign)
     figure = blank(3.6)
     axes = figure.subplots()
-    best = next((t.number for t in reversed(read.ranked()) if feasible(t)), None)
+    best = read.best
     for trial in sorted((t for t in read.mine if t.number in curves), key=lambda t: t.number == best):
         _curve_line(axes, trial, curves[trial.number], trial.number == best)
     axes.set(xlabel="epoch", ylabel=axis_label(read.metrics[0]))

@@ -15,6 +15,7 @@ from crism_mlops.config import SweepConfig, error_sign
 from crism_mlops.reports.drawn.keys import Key, keys_of_search
 from crism_mlops.studies.ledger import COPIED, REPEAT, STATE, own
 from crism_mlops.studies.queue import feasible
+from crism_mlops.studies.summary import best_trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Reading:
 
     trials: all but those copied from other studies; mine: without repetitions with other seeds; finished: of mine,
     those with finite values of all objectives; repeats: finished repetitions. lines: floors and ceilings of the
-    first objective. Trials are in the order of their numbers.
+    first objective; best: the best trial's number, by the mean over seeds where trials were repeated. Trials are in
+    the order of their numbers.
     """
 
     trials: tuple[FrozenTrial, ...]
@@ -33,6 +35,7 @@ class Reading:
     metrics: tuple[str, ...]
     keys: tuple[Key, ...]
     lines: Mapping[str, float]
+    best: int | None = None
 
     @property
     def sign(self) -> float:
@@ -46,7 +49,7 @@ class Reading:
 
     def ranked(self) -> list[FrozenTrial]:
         """Finished trials, the best one last: so it is drawn over the others."""
-        return sorted(self.finished, key=lambda t: (feasible(t), -self.sign * t.values[0]))
+        return sorted(self.finished, key=lambda t: (t.number == self.best, feasible(t), -self.sign * t.values[0]))
 
     def searched(self, key: Key, trials: Sequence[FrozenTrial]) -> list[tuple[float, FrozenTrial]]:
         """Where trials stand on a key's axis; those that did not search it are left out."""
@@ -76,6 +79,7 @@ def read_study(study: optuna.Study, sweep: SweepConfig, lines: Mapping[str, floa
         metrics=metrics,
         keys=keys_of_search(sweep.search),
         lines={name: float(value) for name, value in lines.items() if drawable(value)},
+        best=None if (best := best_trial(sweep, done)) is None else best[0],
     )
 
 

@@ -177,7 +177,7 @@ def slices(read: Reading) -> Figure | str:
 
 def _slice_panel(axes: Axes, read: Reading, key: Key, shown: Window) -> None:
     placed = read.searched(key, read.finished)
-    best = next((t for t in reversed(read.ranked()) if feasible(t)), None)
+    best = next((t for t in read.finished if t.number == read.best), None)
     at = _strewn(key, [place for place, _ in placed])
     inside = [(x, t) for x, (_, t) in zip(at, placed, strict=True) if shown.holds(t.values[0])]
     size = 20 if len(placed) <= 150 else 10
