@@ -10,15 +10,21 @@ import re
 import shutil
 from base64 import b64encode
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
 
+import optuna
 import pytest
 from bench import Bench
+from fpdf import FPDF
+from hypothesis import given
+from hypothesis import strategies as st
 from report_store import (
     SCENES,
+    SEARCH,
     SMALL,
     finished,
     floors,
@@ -28,24 +34,28 @@ from report_store import (
     report_sweep,
     scene_rows,
 )
+from trackers import optuna_store
 
 from crism_mlops.config import load_sweep
 from crism_mlops.errors import EvaluationError, StudyError, TrackingError
 from crism_mlops.reports.comparison import against_published, find_run, paired, read_scored, strata
 from crism_mlops.reports.content import compose
 from crism_mlops.reports.document import Cell, Code, Column, Document, Format, Gallery, Section, Table, Text
+from crism_mlops.reports.drawn import reading
 from crism_mlops.reports.effects import effects
 from crism_mlops.reports.figures import TITLES
 from crism_mlops.reports.live import LiveView
 from crism_mlops.reports.notebook import load_study
 from crism_mlops.reports.page import page
 from crism_mlops.reports.parent import log_report
-from crism_mlops.reports.record import StudyRecord, read_study
+from crism_mlops.reports.print import _font, _widths, printed
+from crism_mlops.reports.record import StudyRecord, read_study, study_names, trial_number
 from crism_mlops.reports.writing import write_report
+from crism_mlops.studies.ledger import REPEAT
 from crism_mlops.studies.storage import SearchStore, open_store
 from crism_mlops.studies.study import run_study
 from crism_mlops.studies.trial import PrunedTrial
-from crism_mlops.tracking import RunInfo
+from crism_mlops.tracking import RunInfo, contenders
 from crism_mlops.watch import Watch
 
 
@@ -222,6 +232,64 @@ def test_other_scenes_are_refused_and_the_rest_is_compared(bench: Bench) -> None
     assert "best floor" in {cell.text for cell in column_of(table_of(document, "small-differences"), "against")}
 
 
+def test_two_evaluations_of_a_name_are_two(bench: Bench) -> None:
+    for _ in range(2):
+        params = {"inputs_digest": "same"}
+        bench.tracker.end(bench.tracker.start("evaluate floor:linear", "evaluation", {}, params), "FINISHED")
+    with pytest.raises(EvaluationError, match="is the name of 2 finished runs"):
+        find_run(bench.tracker, "evaluate floor:linear")
+
+
+# Which is the best
+
+
+def test_more_is_better_also_when_the_studys_run_is_gone(bench: Bench) -> None:
+    finished(bench, trials=3, objective={"metric": "val/pcc"})
+    bench.tracker.delete(bench.parent().run_id)
+    record = record_of(bench)
+    assert record.objective == "val/pcc"
+    assert record.best is not None
+    assert record.best.ranking == max(run.ranking for run in bench.runs())
+    # The study can be reported without being named, too.
+    assert study_names(bench.tracker) == ["small"]
+
+
+def test_an_earlier_study_of_the_name_is_left_out(bench: Bench) -> None:
+    finished(bench, trials=3)
+    bench.storage = optuna_store(bench.folder / "anew")
+    bench.run(report_sweep(trials=2, seed=5), scenes=SMALL)
+    assert len(bench.runs()) == 5
+    for store in (store_of(bench), None):
+        record = read_study(bench.tracker, "small", store)
+        assert [trial_number(run) for run in record.trials] == [0, 1]
+        assert "3 trials are of an earlier study of that name: they are left out." in record.lacking
+
+
+def test_settings_that_break_a_limit_with_another_seed_are_not_the_best() -> None:
+    def run(number: int, value: float, **tags: str) -> RunInfo:
+        own = {"crism.kind": "trial", "crism.study": "s", "crism.trial_number": str(number), **tags}
+        means = {} if "crism.repeat_of" in tags else {"seeds/mean": value}
+        return RunInfo(f"r{number}", f"s-{number}", "FINISHED", own, {}, {"objective": value, **means})
+
+    infeasible = {"crism.repeat_of": "1", "crism.infeasible": "val/ssim is 0.5, at least 0.8"}
+    runs = [run(0, 9.0), run(1, 7.0), run(2, 7.1, **infeasible)]
+    assert [r.run_id for r in contenders(runs)] == ["r0"]
+
+
+def test_figures_and_tables_have_the_same_best() -> None:
+    study = optuna.create_study(direction="minimize")
+    space = {"train.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)}
+    for value, again in ((5.0, None), (5.1, None), (6.2, 0), (5.3, 1)):
+        attributes = {} if again is None else {REPEAT: again}
+        study.add_trial(optuna.create_trial(
+            params={"train.learning_rate": 1e-3}, distributions=space, value=value, user_attrs=attributes
+        ))  # fmt: skip
+    sweep = report_sweep(search={"train.learning_rate": SEARCH["train.learning_rate"]})
+    read = reading.read_study(study, sweep, {})
+    assert read.best == 1  # 5.2 over its seeds, against 5.6
+    assert read.ranked()[-1].number == 1
+
+
 # Effects
 
 
@@ -243,6 +311,16 @@ def test_marginal_means_by_hand() -> None:
     assert math.isnan(second.low)
     assert effect.spread == 6.0
     assert not effect.told  # b has two trials
+
+
+def test_a_diverged_trial_and_one_that_failed_make_no_effect() -> None:
+    values = [(5.0, "a"), (5.1, "a"), (5.0, "a"), (6.0, "b"), (6.1, "b"), (6.0, "b"), (50.0, "c")]
+    runs = [trial_run(i, value, model__a=key, model__b="y" if i > 2 else "x") for i, (value, key) in enumerate(values)]
+    runs.append(replace(trial_run(9, 0.1, model__a="a", model__b="x"), status="FAILED"))
+    first, second = effects(runs, ["model.a", "model.b"], "val/rmse")
+    assert first.key == "model.b"
+    assert second.spread == pytest.approx(1.0)
+    assert second.levels[0].trials == 3
 
 
 def test_numbers_are_put_into_ranges_and_a_larger_objective_may_be_better() -> None:
@@ -465,6 +543,37 @@ def test_where_a_report_cannot_be_written(bench: Bench) -> None:
     assert (bench.folder / "taken").read_text() == "mine"
 
 
+def test_a_studys_name_leads_nowhere(tmp_path: Path) -> None:
+    table = Table("../../esc-trials", "a_b & c", (Column("k", "p", True),), ((Cell("< 0.001", 0.0005),),))
+    document = Document("t", "s", (Section("a", "a", (table,)),))
+    made = write_report(document, Format.csv, tmp_path / "out") + write_report(document, Format.tex, tmp_path / "out")
+    assert {path.parent for path in made} == {tmp_path / "out"}
+    tex = made[1].read_text()
+    assert r"\caption{a\_b \& c}" in tex
+    assert "$<$ 0.001" in tex
+    assert list((tmp_path / "out").glob(".*")) == []
+
+
+@pytest.mark.parametrize("word", ["w", "x" * 600, "two words " * 2000])
+@pytest.mark.parametrize("columns", [1, 8, 14, 30])
+def test_any_table_fits_on_a_page(columns: int, word: str) -> None:
+    cells = tuple(Cell(word if i == columns - 1 else f"{i * 1.37:.3f} [0.95, 0.99]") for i in range(columns))
+    table = Table("t", "t", tuple(Column(f"c{i}", f"test metric {i} ↓", True) for i in range(columns)), (cells,) * 3)
+    assert printed(Document("t", "s", (Section("a", "a", (table,)),))).startswith(b"%PDF")
+
+
+@given(
+    st.lists(st.lists(st.text("abcdefgh 0123456789[],", max_size=40), min_size=2, max_size=4), min_size=1, max_size=30)
+)
+def test_widths_fill_a_page_at_most(columns: list[list[str]]) -> None:
+    pdf = FPDF(format="A4", orientation="landscape")
+    pdf.add_font("body", "B", _font("DejaVuSans-Bold"))
+    rows = min(map(len, columns))
+    widths = _widths(pdf, [[column[i] for column in columns] for i in range(rows)], 6.2)
+    assert sum(widths) < pdf.epw
+    assert min(widths) > 0.0
+
+
 # On the study's own run
 
 
@@ -482,6 +591,24 @@ def test_the_studys_run_carries_summary_figures_and_tables(shared: Bench) -> Non
     }
     log_report(shared.tracker, "small", None)
     assert sorted(shared.tracker.files(run_id, "figures")) == sorted(files)
+
+
+def test_an_older_study_without_a_description_gets_the_summary_once(bench: Bench) -> None:
+    finished(bench, trials=1)
+    bench.tracker.client.delete_tag(bench.parent().run_id, "mlflow.note.content")
+    for _ in range(2):
+        log_report(bench.tracker, "small", None)
+    assert bench.parent().tags["mlflow.note.content"].count("1 finished") == 1
+
+
+def test_a_damaged_table_is_named_and_the_rest_is_shown(bench: Bench) -> None:
+    finished(bench, trials=2)
+    record = record_of(bench)
+    bench.tracker.content(record.ranked[1].run_id, b"PAR1 no more", "scores_by_scene.parquet")
+    text = lacking(report_of(bench))
+    assert f"{record.ranked[1].name} has no table by scene" in text
+    assert "scores_by_scene.parquet is damaged" in text
+    assert f"The runner-up {record.ranked[1].name} has no table by scene" in text
 
 
 def test_a_deleted_study_run_cannot_carry_anything(bench: Bench) -> None:

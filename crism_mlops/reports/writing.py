@@ -36,10 +36,10 @@ def write_report(document: Document, kind: Format, out: Path) -> list[Path]:
             partial.write_bytes(content)
             partial.replace(path)
         except OSError as error:
+            problem = f"{path}: cannot be written ({error.strerror or error}); name another with -o"
+            raise EvaluationError(problem) from error
+        finally:
             partial.unlink(missing_ok=True)
-            raise EvaluationError(
-                f"{path}: cannot be written ({error.strerror or error}); name another with -o"
-            ) from error
         made.append(path)
     return made
 
