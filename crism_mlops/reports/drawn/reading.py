@@ -71,6 +71,10 @@ def read_study(study: optuna.Study, sweep: SweepConfig, lines: Mapping[str, floa
     metrics = sweep.objective.metrics
     trials = [t for t in study.get_trials(deepcopy=False) if COPIED not in t.user_attrs]
     done = [t for t in trials if t.state == TrialState.COMPLETE and _defined(t, len(metrics))]
+    known = {t.number for t in done}
+    # A repetition of what has no value itself says nothing of a mean.
+    comparable = [t for t in done if t.user_attrs.get(REPEAT, t.number) in known]
+    best = best_trial(sweep, comparable)
     return Reading(
         trials=tuple(trials),
         mine=tuple(t for t in trials if own(t)),
@@ -79,7 +83,7 @@ def read_study(study: optuna.Study, sweep: SweepConfig, lines: Mapping[str, floa
         metrics=metrics,
         keys=keys_of_search(sweep.search),
         lines={name: float(value) for name, value in lines.items() if drawable(value)},
-        best=None if (best := best_trial(sweep, done)) is None else best[0],
+        best=None if best is None else best[0],
     )
 
 
