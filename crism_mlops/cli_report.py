@@ -38,16 +38,15 @@ def report(
     from crism_mlops.errors import StudyError
     from crism_mlops.reports.content import all_studies, compose
     from crism_mlops.reports.parent import log_report
-    from crism_mlops.reports.record import experiment_of, search_store, study_names
+    from crism_mlops.reports.record import search_store, study_names, tracker_of
     from crism_mlops.reports.writing import check_output, write_report
     from crism_mlops.terminal import Progress
-    from crism_mlops.tracking import Tracker
 
     kinds = list(dict.fromkeys(format_ or [Format.html]))
     for kind in kinds:
         check_output(kind, output)
     named = studies or []
-    tracker = Tracker(tracking_uri, experiment or experiment_of(named[0] if named else None, storage), create=False)
+    tracker = tracker_of(tracking_uri, experiment, named[0] if named else None, storage)
     store, why = search_store(storage)
     if why:
         typer.echo(f"note: {why}; the report has no figures of the search", err=True)
@@ -92,14 +91,13 @@ def compare(
     Example: crism-mlops compare quickstart-ip2p quickstart-unet --experiment crism-quickstart --metric rmse
     """
     from crism_mlops.reports.comparison import check_metric
-    from crism_mlops.reports.record import experiment_of
+    from crism_mlops.reports.record import tracker_of
     from crism_mlops.reports.standing import Opponent, differences_table, scores_table
-    from crism_mlops.tracking import Tracker
 
     metrics = _metrics(metric, protocol)
     for name in metrics:
         check_metric(name, protocol)
-    tracker = Tracker(tracking_uri, experiment or experiment_of(what[0], storage), create=False)
+    tracker = tracker_of(tracking_uri, experiment, what[0], storage)
     scored = _scored(tracker, what)
     first, others = scored[0][1], scored[1:]
     scores = scores_table(scored, metrics, stratum, protocol)

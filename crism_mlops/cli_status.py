@@ -22,14 +22,13 @@ def status(
     Example: crism-mlops status quickstart-ip2p --experiment crism-quickstart
     """
     from crism_mlops.errors import StudyError
-    from crism_mlops.reports.record import experiment_of, study_names
+    from crism_mlops.reports.record import study_names, tracker_of
     from crism_mlops.reports.tables import against_floors, headline, status_tables, study_status
-    from crism_mlops.tracking import Tracker
 
     if watch:
         _watch(study, storage)
         return
-    tracker = Tracker(tracking_uri, experiment or experiment_of(study, storage), create=False)
+    tracker = tracker_of(tracking_uri, experiment, study, storage)
     names = study_names(tracker)
     if not names:
         raise StudyError(

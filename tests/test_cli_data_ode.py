@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from console import console
 from ode_server import Fault, OdeServer, ode_server
 
 from crism_mlops import cli
@@ -50,16 +51,9 @@ def run(ode: OdeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """`crism-mlops data WORDS` at the local server."""
 
     def call(*words: object) -> Ran:
-        capsys.readouterr()
         there = ["--service", f"{ode.url}/live2", "--allow-host", ode.host]
-        monkeypatch.setattr(sys, "argv", ["crism-mlops", "data", *map(str, words), *there])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
+        ran = console(["data", *words, *there], monkeypatch, capsys)
+        return Ran(ran.code, ran.out, ran.err)
 
     return call
 

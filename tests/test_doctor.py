@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from console import console
 from test_cli import Ran
 from torch.autograd.graph import saved_tensors_hooks
 from trackers import small_sweep
 
-from crism_mlops import cli
 from crism_mlops.config import (
     DataConfig,
     EngineConfig,
@@ -94,14 +93,8 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def call(file: object, *options: str, changes: Sequence[str] = ()) -> Ran:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         settings = [word for change in changes for word in ("--set", change)]
-        monkeypatch.setattr(sys, "argv", ["crism-mlops", "doctor", str(file), *options, *settings])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ran(code, *capsys.readouterr())
+        ran = console(["doctor", file, *options, *settings], monkeypatch, capsys)
+        return Ran(ran.code, ran.out, ran.err)
 
     return call
 

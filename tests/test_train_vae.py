@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from console import console
 from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
 from test_cli import Ran
 from test_models import SCRATCH, config_of, make_parts, make_scheduler, whole
 from trackers import new_tracker, optuna_store
 
-from crism_mlops import cli
 from crism_mlops.config import EngineConfig, RunConfig, SweepConfig, TrainConfig
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import ConfigError, DatasetError, ModelError, StudyError, TrainingError
@@ -605,17 +604,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """`crism-mlops train-vae WORDS`, or `crism-mlops data WORDS`."""
 
     def call(*words: object) -> Ran:
-        capsys.readouterr()
-        monkeypatch.setattr(
-            sys, "argv", ["crism-mlops", *([] if words[0] == "data" else ["train-vae"]), *map(str, words)]
-        )
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
+        ran = console([*([] if words[0] == "data" else ["train-vae"]), *words], monkeypatch, capsys)
+        return Ran(ran.code, ran.out, ran.err)
 
     return call
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +15,6 @@ from crism_mlops.evaluation.panels import CLASSES
 from crism_mlops.reports.document import (
     Block,
     Cell,
-    Code,
     Column,
     Document,
     Exhibit,
@@ -31,10 +28,10 @@ from crism_mlops.reports.document import (
 )
 from crism_mlops.reports.figures import CAPTIONS, TITLES, Figures, rendered
 from crism_mlops.reports.findings import MODELS, Findings, read_findings
-from crism_mlops.reports.record import StudyRecord, read_json, trial_number
+from crism_mlops.reports.provenance import again_blocks, data_blocks
+from crism_mlops.reports.record import StudyRecord, read_json
 from crism_mlops.reports.standing import (
     Opponent,
-    audit_table,
     carbonate_table,
     differences_table,
     effects_table,
@@ -45,9 +42,8 @@ from crism_mlops.reports.standing import (
 )
 from crism_mlops.reports.summary import no_runner_up, sentences
 from crism_mlops.scenes.quicklook import NO_DATA
-from crism_mlops.studies.plan import as_yaml
 from crism_mlops.studies.storage import SearchStore
-from crism_mlops.tracking import RunInfo, Tracker, shown
+from crism_mlops.tracking import RunInfo, Tracker
 
 # Which figure stands in which part.
 _MATTERED, _SEARCH = ("importance", "parallel", "slice", "contour"), (
@@ -147,8 +143,8 @@ def _sections(
     yield section("What its mistakes look like", "scenes", _scenes(tracker, study))
     yield section("Which choice mattered", "choices", _named(name, _choices(study)))
     yield section("How the search went", "search", _search(study))
-    yield section("Data and leakage", "data", _named(name, _data(tracker, study)))
-    yield section("Do it again", "again", _again(tracker, study, best))
+    yield section("Data and leakage", "data", _named(name, data_blocks(tracker, study)))
+    yield section("Do it again", "again", again_blocks(tracker, study))
 
 
 def _named(study: str, blocks: Sequence[Block] | Iterator[Block]) -> tuple[Block, ...]:
@@ -297,71 +293,6 @@ def _exhibit(study: str, about: dict[str, Any], parts: dict[str, bytes]) -> Exhi
         f"{about.get('no_data', 0.0):.0%} no data; {scores}{found}",
         parts, int(about["width"]), int(about["height"]),
     )  # fmt: skip
-
-
-def _data(tracker: Tracker, study: Findings) -> Iterator[Block]:
-    record = study.record
-    if record.parent is not None:
-        names = {"scenes.train": "train scenes", "scenes.validation": "validation scenes", "scenes.test": "test scenes",
-                 "scenes.test_balanced": "balanced test scenes", "data.target": "target",
-                 "data.target_normalization": "target's scale", "scenes_digest": "digest of scenes and split",
-                 "test_digest": "digest of the test set"}  # fmt: skip
-        lines = [f"{words}: {record.parent.params[key]}" for key, words in names.items() if key in record.parent.params]
-        readings = sum(r.get("test_digest") == record.parent.params.get("test_digest") for r in tracker.test_readings())
-        yield Text((*lines, f"readings of this test set in the experiment so far: {readings}"), "list")
-    found, why = read_json(tracker, record.parent, "audit.json")
-    if found is None:
-        yield Text((f"The audit is missing: {why}.",), "lacking")
-        return
-    leaks = int(found.get("leaks", 0))
-    says = (
-        "Nothing leaks from train to test." if not leaks else f"{leaks} leaks were found; the study was told to go on."
-    )
-    yield Text((says,))
-    yield audit_table(found)
-
-
-def _again(tracker: Tracker, study: Findings, best: RunInfo | None) -> Iterator[Block]:
-    record = study.record
-    about, why = read_json(tracker, record.parent, "environment.json")
-    commits = sorted(
-        {r.params["git_commit"] for r in record.trials if r.params.get("git_commit", "unknown") != "unknown"}
-    )
-    lines = []
-    if about is None:
-        yield Text((f"What it was computed with is not known: {why}.",), "lacking")
-    else:
-        versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
-        device = about.get("gpu") or about.get("device")
-        lines += [f"versions: {versions}", f"machine: {about.get('system')}, {device}, {about.get('cores')} cores, "
-                                           f"{about.get('memory_gib')} GiB"]  # fmt: skip
-    lines.append(f"commits of the code: {', '.join(commits) or 'not known'}")
-    seeds = [f"trial {trial_number(r)}: {r.params['seed']}" for r in record.ranked[:5] if "seed" in r.params]
-    if record.sweep is not None:
-        lines.append(f"seed of the search: {record.sweep.seed}; of the trials: {', '.join(seeds) or 'none finished'}")
-    lines.append(f"tracking: {shown(tracker.uri)}, experiment {record.experiment}")
-    if best is not None:
-        lines.append(f"best trial: run {best.run_id}, model models:/{best.tags.get('crism.model_id', '?')}")
-    yield Text(tuple(lines), "list")
-    if record.sweep is None:
-        why = f"The study file cannot be had ({record.without_file}): run its sweep once more."
-        yield Text((why,), "lacking")
-        return
-    commit = "unknown" if best is None else best.params.get("git_commit", "unknown")
-    if commit.endswith("+dirty"):
-        yield Text(("The best trial ran with files that differ from its commit: nobody has kept them.",), "lacking")
-    checkout = [] if commit == "unknown" else [f"git checkout {shlex.quote(commit.removesuffix('+dirty'))}"]
-    command = (
-        f"crism-mlops sweep {shlex.quote(f'{record.name}.yaml')} --new-study {shlex.quote(f'{record.name}-again')}"
-    )
-    yield Code("Again, from the study file below", "\n".join([*checkout, command]))
-    yield Code("The resolved study file", as_yaml(record.sweep), f"{record.name}.yaml")
-    if best is not None:
-        content, why = read_json(tracker, best, "config.json")
-        if content is None:
-            yield Text((f"The best trial's configuration is missing: {why}.",), "lacking")
-        else:
-            yield Code("The best trial's configuration", json.dumps(content, indent=2), "config.json")
 
 
 def all_studies(tracker: Tracker, names: Sequence[str], known: Sequence[str]) -> list[str]:

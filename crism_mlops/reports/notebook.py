@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from crism_mlops.errors import EvaluationError
 from crism_mlops.reports.comparison import BALANCED, Measure, find_run, paired, read_scored
 from crism_mlops.reports.findings import read_findings
-from crism_mlops.reports.record import StudyRecord, experiment_of, read_study, search_store, state_of, trial_number
+from crism_mlops.reports.record import StudyRecord, read_study, search_store, state_of, tracker_of, trial_number
 from crism_mlops.reports.standing import verdict
 from crism_mlops.reports.summary import sentences
 from crism_mlops.studies.storage import SearchStore
@@ -96,7 +96,7 @@ def load_study(
     Raises StudyError where there is no such study, TrackingError where there is no such store or experiment.
     """
     storage = storage or os.environ.get("CRISM_MLOPS_STORAGE")
-    tracker = Tracker(tracking_uri, experiment or experiment_of(name, storage), create=False)
+    tracker = tracker_of(tracking_uri, experiment, name, storage)
     store, _ = search_store(storage)
     return StudyView(read_study(tracker, name, store), tracker, store)
 

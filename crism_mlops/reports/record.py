@@ -16,7 +16,13 @@ from crism_mlops.studies.ledger import own
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.storage import SearchStore, load_study, open_store
 from crism_mlops.studies.trial import TOKEN
-from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders
+from crism_mlops.tracking import (
+    INFEASIBLE,
+    REPEAT_OF,
+    RunInfo,
+    Tracker,
+    contenders,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -222,14 +228,33 @@ def searched_keys(record: StudyRecord) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def experiment_of(study: str | None, storage: str | None) -> str:
-    """The experiment that a study names in the search database; crism where it does not."""
-    if study is not None:
+def tracker_of(tracking_uri: str | None, experiment: str | None, study: str | None, storage: str | None) -> Tracker:
+    """The tracker of an experiment; of that which a study names in the search database, or crism, where none is named.
+
+    Raises TrackingError where there is no such store or experiment, StudyError for a study that nobody knows.
+    """
+    store = None if experiment or study is None else _search_database(storage)
+    found = None
+    unknown: StudyError | None = None
+    if store is not None and study is not None:
         try:
-            return str(load_study(open_store(storage, 0.0, create=False), study).user_attrs["crism.experiment"])
-        except (StudyError, KeyError):
-            pass  # MLflow alone tells as well, if the experiment is the default one.
-    return "crism"
+            found = load_study(store, study).user_attrs.get("crism.experiment")
+        except StudyError as error:
+            unknown = error
+    try:
+        return Tracker(tracking_uri, experiment or found or "crism", create=False)
+    except TrackingError:
+        if unknown is None:
+            raise
+        # Not of that experiment, which nobody named, but of a study whose name is not right.
+        raise unknown from None
+
+
+def _search_database(storage: str | None) -> SearchStore | None:
+    try:
+        return open_store(storage, 0.0, create=False)
+    except StudyError:
+        return None  # MLflow alone tells as well, if the experiment is the default one.
 
 
 def search_store(storage: str | None) -> tuple[SearchStore | None, str]:
