@@ -130,7 +130,7 @@ def _side_by_side(studies: Sequence[Findings]) -> Iterator[Block]:
 def _sections(
     tracker: Tracker, study: Findings, studies: Sequence[Findings], published: Sequence[RunInfo]
 ) -> Iterator[Section]:
-    record, best = study.record, study.best
+    record = study.record
     name = record.name
 
     def section(title: str, anchor: str, blocks: Iterator[Block] | Sequence[Block]) -> Section:
