@@ -394,15 +394,15 @@ def test_published_rows_are_logged_once_and_cannot_be_mistaken(desk: Desk, real_
 # ---- the guard
 
 
-def test_only_run_py_reads_the_test_set(desk: Desk) -> None:
-    """`test_pairs` is called in studies/run.py alone, and by the audit, which sees no prediction."""
+def test_only_one_module_reads_the_test_set(desk: Desk) -> None:
+    """`test_pairs` is called in studies/outcome.py alone, and by the audit, which sees no prediction."""
     readers = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "test_pairs"
     }
-    assert readers == {"studies/run.py", "dataset/audit.py"}
+    assert readers == {"studies/outcome.py", "dataset/audit.py"}
     manifest = build_manifest(desk.scenes, desk.sweep.data, desk.sweep.split)
     unchecked: Any = manifest  # mypy refuses it as well
     for name in ("test", "test_balanced"):
