@@ -1,6 +1,6 @@
 """What a study of 100 trials leaves in the store, and what its report weighs and takes.
 
-`python benchmarks/report.py [--trials 100] [--scenes 60] [--size 256]`: simulated scenes, the whole engine, SQLite;
+`python benchmarks/report.py [--trials 100] [--scenes 60] [--size 256] [--pruner none]`: simulated scenes, the whole engine, SQLite;
 instead of training, a trial predicts the truth with noise that follows from its settings. What it logs is what a real
 trial logs: pictures of validation scenes, tables by scene, the panel, the gallery (scenes are scored once, and each
 trial's table differs by its noise). The logged models, which are what a user wants to keep, are not counted.
@@ -24,6 +24,9 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 10
+PRUNERS = {
+    "none": "pruner={kind: none}", "median": "pruner={kind: median, startup_trials: 10, warmup_epochs: 3}"
+}  # fmt: skip
 
 
 class Noisy:
@@ -87,6 +90,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--pruner", choices=PRUNERS, default="none", help="none: the most that so many trials leave")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
@@ -104,8 +108,7 @@ def _measure(asked: argparse.Namespace, folder: Path) -> None:
     logging.disable(logging.WARNING)
     settings = (
         f"budget.trials={asked.trials}", f"data.simulated.scenes={asked.scenes}", f"data.simulated.size={asked.size}",
-        # Nothing is pruned: the most that so many trials leave.
-        "split.test=0.4", f"train.epochs={EPOCHS}", "pruner={kind: none}",
+        "split.test=0.4", f"train.epochs={EPOCHS}", PRUNERS[asked.pruner],
         "sampler={kind: random}", "engine.system_metrics_seconds=1.0",
     )  # fmt: skip
     sweep = load_sweep(ROOT / "sweeps" / "quickstart-unet.yaml", settings)
