@@ -1,9 +1,10 @@
 """What a study of 100 trials leaves in the store, and what its report weighs and takes.
 
 `python benchmarks/report.py [--trials 100] [--scenes 60] [--size 256] [--pruner none]`: simulated scenes, the whole
-engine, SQLite; instead of training, a trial predicts the truth with noise that follows from its settings. What it logs is what a real
-trial logs: pictures of validation scenes, tables by scene, the panel, the gallery (scenes are scored once, and each
-trial's table differs by its noise). The logged models, which are what a user wants to keep, are not counted.
+engine, SQLite; instead of training, a trial predicts the truth with noise that follows from its settings. What it logs
+is what a real trial logs: pictures of validation scenes, tables by scene, the panel, the gallery (scenes are scored
+once, and each trial's table differs by its noise). The logged models, which are what a user wants to keep, are not
+counted.
 """
 
 from __future__ import annotations
