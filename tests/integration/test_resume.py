@@ -139,7 +139,9 @@ print(out.read_text(), flush=True)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_is_never_killed_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here), str(here.parent)))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", KILLED, kind, str(tmp_path)], env=environment, capture_output=True, text=True,
         timeout=300, check=False,
