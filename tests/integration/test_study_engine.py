@@ -219,9 +219,10 @@ class Bench:
 
     def midst(self, study: str, pids: list[int], least: int = 5) -> dict[int, int] | None:
         """Process -> its trial, once each of these is in the midst of one with some time left."""
+        # Three workers that stand a third of a trial apart are so at once only if that is more than two thirds of it.
         latest = {row["number"]: row["pid"] for row in self.begun(study)}
         found = {
-            pid: number for number, pid in latest.items() if pid in pids and least <= self.step(study, number) <= 40
+            pid: number for number, pid in latest.items() if pid in pids and least <= self.step(study, number) <= 52
         }
         return found if set(found) == set(pids) else None
 
