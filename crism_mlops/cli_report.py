@@ -11,7 +11,8 @@ from crism_mlops.reports.document import Format
 from crism_mlops.terminal import AsJson, Storage, TrackingUri, console, print_json
 
 if TYPE_CHECKING:
-    from crism_mlops.reports.comparison import Measure, Scored
+    from crism_mlops.evaluation.metrics import Protocol
+    from crism_mlops.reports.comparison import Scored
     from crism_mlops.reports.document import Table
     from crism_mlops.tracking import Tracker
 
@@ -117,7 +118,7 @@ def compare(
         typer.echo(f"not compared: {line}", err=True)
 
 
-def _metrics(asked: list[str] | None, protocol: Measure) -> list[str]:
+def _metrics(asked: list[str] | None, protocol: Protocol) -> list[str]:
     from crism_mlops.evaluation.metrics import FIGURES, METRICS
 
     return asked or [name for name in METRICS if name in FIGURES[protocol]]

@@ -131,7 +131,7 @@ def unseen(figure: Figure) -> set[Text]:
 def assert_inside(figure: Figure) -> None:
     """No visible text stands outside the figure, or below 9 points."""
     with styled():
-        renderer, hidden = figure.canvas.get_renderer(), unseen(figure)  # type: ignore[attr-defined]
+        renderer, hidden = figure.canvas.get_renderer(), unseen(figure)  # type: ignore[attr-defined] # Agg's canvas has one
         for text in figure.findobj(Text):
             if text in hidden or not text.get_visible() or not text.get_text().strip():
                 continue
@@ -200,7 +200,7 @@ def test_many_floors_have_labels_that_do_not_overlap() -> None:
     for value in (5.0, 7.0):
         made.add(values=value)
     figure = made.draw("history")
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined] # Agg's canvas has one
     boxes = [named(figure, f"label:{name}")[0].get_window_extent(renderer) for name in lines]
     boxes.sort(key=lambda box: box.y0)
     assert len(boxes) == 24

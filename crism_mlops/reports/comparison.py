@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.inference import Difference, Interval, mean_interval
-from crism_mlops.evaluation.metrics import FIGURES, METRICS
+from crism_mlops.evaluation.metrics import FIGURES, METRICS, Protocol
 from crism_mlops.evaluation.scores import compared, slug
 from crism_mlops.reports.record import read_study, study_names
 from crism_mlops.tracking import RunInfo, Tracker
 
-Measure = Literal["valid", "stretch_free", "thesis"]
 BALANCED, ALL = "balanced", "all"
 TABLE = "scores_by_scene.parquet"
 
@@ -34,7 +33,7 @@ class Scored:
             raise EvaluationError(f"no stratum {stratum!r} among the test scenes; expected {', '.join(known)}")
         return tuple(r for r in self.rows if _belongs(r, stratum))
 
-    def interval(self, metric: str, stratum: str, protocol: Measure) -> Interval:
+    def interval(self, metric: str, stratum: str, protocol: Protocol) -> Interval:
         """Mean of a metric over a stratum with its 95 % interval; NaN where the table has no such figure."""
         rows = self.of(stratum)
         figure = f"{protocol}/{metric}"
@@ -62,7 +61,7 @@ def read_scored(tracker: Tracker, run: RunInfo) -> Scored:
 
 
 def paired(
-    first: Scored, second: Scored, stratum: str, protocol: Measure, metrics: Sequence[str] = METRICS
+    first: Scored, second: Scored, stratum: str, protocol: Protocol, metrics: Sequence[str] = METRICS
 ) -> list[Difference]:
     """First minus second, scene by scene; Holm's correction over `metrics`. Raises EvaluationError where the scenes,
     or their truth, differ."""
@@ -85,7 +84,7 @@ def against_published(scored: Scored, published: RunInfo) -> dict[str, Interval]
     return found
 
 
-def check_metric(metric: str, protocol: Measure) -> None:
+def check_metric(metric: str, protocol: Protocol) -> None:
     """Raises EvaluationError for a metric that the protocol has not."""
     known = [name for name in METRICS if name in FIGURES[protocol]]
     if metric not in known:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.errors import EvaluationError
-from crism_mlops.reports.comparison import BALANCED, Measure, find_run, paired, read_scored
+from crism_mlops.evaluation.metrics import Protocol
+from crism_mlops.reports.comparison import BALANCED, find_run, paired, read_scored
 from crism_mlops.reports.findings import read_findings
 from crism_mlops.reports.record import StudyRecord, read_study, search_store, state_of, tracker_of, trial_number
 from crism_mlops.reports.standing import verdict
@@ -51,7 +52,7 @@ class StudyView:
         return pandas.DataFrame(list(rows)).set_index("observation_id")
 
     def compare(
-        self, other: int | str, what: int | str | None = None, stratum: str = BALANCED, protocol: Measure = "valid"
+        self, other: int | str, what: int | str | None = None, stratum: str = BALANCED, protocol: Protocol = "valid"
     ) -> pandas.DataFrame:
         """`what` (the best trial for None) minus `other` on the same scenes, one row a metric: difference, low and
         high (95 %), favour, p, p_holm, says (better, worse, not shown). Raises as `scenes`."""

@@ -10,8 +10,8 @@ from typing import Any
 from crism_mlops.config import error_sign
 from crism_mlops.errors import EvaluationError
 from crism_mlops.evaluation.inference import Difference, Interval
-from crism_mlops.evaluation.metrics import METRICS
-from crism_mlops.reports.comparison import BALANCED, Measure, Scored, against_published, paired, strata
+from crism_mlops.evaluation.metrics import METRICS, Protocol
+from crism_mlops.reports.comparison import BALANCED, Scored, against_published, paired, strata
 from crism_mlops.reports.document import Cell, Column, Table, bounded, number, plain_number
 from crism_mlops.reports.effects import Effect
 from crism_mlops.reports.record import StudyRecord, searched_keys, state_of, trial_number
@@ -141,7 +141,7 @@ class Opponent:
 
 
 def scores_table(
-    scored: Sequence[tuple[str, Scored]], metrics: Sequence[str], stratum: str, protocol: Measure
+    scored: Sequence[tuple[str, Scored]], metrics: Sequence[str], stratum: str, protocol: Protocol
 ) -> Table:
     """Means over a stratum's test scenes with their intervals, run by run."""
     columns = [Column("what", "what"), Column("name", "run"), Column("scenes", "scenes", True)]
@@ -167,7 +167,7 @@ def differences_table(
     opponents: Sequence[Opponent],
     published: Sequence[RunInfo] = (),
     stratum: str = BALANCED,
-    protocol: Measure = "valid",
+    protocol: Protocol = "valid",
     metrics: Sequence[str] = METRICS,
 ) -> tuple[Table, list[str]]:
     """First minus each opponent on the same scenes, and why it cannot be had against some."""

@@ -86,7 +86,7 @@ def blank(height: float) -> Figure:
     FigureCanvasAgg(figure)  # without it, nothing tells how wide a text is
     layout = figure.get_layout_engine()
     assert layout is not None
-    layout.set(w_pad=0.06, h_pad=0.06)  # type: ignore[call-arg]
+    layout.set(w_pad=0.06, h_pad=0.06)  # type: ignore[call-arg] # the constrained engine's
     return figure
 
 
@@ -101,7 +101,7 @@ def finish(figure: Figure, notes: Sequence[str] = ()) -> Figure:
         below = len(written) * LINE + 0.1
         height = float(figure.get_size_inches()[1]) + below
         figure.set_size_inches(WIDTH, height)
-        layout.set(rect=(0.0, below / height, 1.0, 1.0 - below / height))  # type: ignore[call-arg]
+        layout.set(rect=(0.0, below / height, 1.0, 1.0 - below / height))  # type: ignore[call-arg] # the constrained engine's
         for index, line in enumerate(written):
             figure.text(0.08 / WIDTH, (below - 0.04 - index * LINE) / height, line, va="top", color="0.2")
     figure.draw_without_rendering()
