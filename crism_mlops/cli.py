@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +18,20 @@ import typer
 
 from crism_mlops.cli_data import data_app
 from crism_mlops.cli_doctor import doctor
+from crism_mlops.cli_lineage import lineage
+from crism_mlops.cli_predict import predict
+from crism_mlops.cli_registry import history, promote, rollback, verify
 from crism_mlops.cli_report import compare, report
 from crism_mlops.cli_schema import schema
-from crism_mlops.cli_score import baselines_app, checkpoint_folder, evaluate, prompts
+from crism_mlops.cli_score import baselines_app, evaluate, prompts
+from crism_mlops.cli_serve import serve
 from crism_mlops.cli_status import status
 from crism_mlops.cli_study import cancel, pause, proxy, reconcile, resume, stop, sweep, worker
 from crism_mlops.cli_vae import train_vae
 from crism_mlops.errors import CrismError
 from crism_mlops.quiet import quiet_libraries
-from crism_mlops.terminal import AsJson, TrackingUri, print_json
+from crism_mlops.redact import hide_in, redacted
+from crism_mlops.terminal import TrackingUri
 
 app = typer.Typer(
     help="Experiment tracking and hyperparameter sweeps for predicting CRISM mineralogy from CaSSIS-like bands.",
@@ -35,9 +41,6 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(baselines_app, name="baselines")
-
-Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
-DEFAULT_EXPERIMENT = "crism"
 
 
 def _print_version(wanted: bool) -> None:
@@ -61,6 +64,8 @@ def setup(
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    for handler in logging.getLogger().handlers:
+        hide_in(handler)
     logging.captureWarnings(True)
     if not debug:
         quiet_libraries()
@@ -70,51 +75,15 @@ for _command in (sweep, status, report, compare, worker, pause, resume, stop, ca
     app.command()(_command)
 
 
-@app.command()
-def promote(
-    study: Annotated[str | None, typer.Argument(help="a study; without it, all of the experiment")] = None,
-    experiment: Experiment = DEFAULT_EXPERIMENT,
-    variant: Annotated[
-        str | None, typer.Option(help="promote this input variant; rect goes under a name of its own")
-    ] = None,
-    tracking_uri: TrackingUri = None,
-    as_json: AsJson = False,
-) -> None:
-    """Register the best InstructPix2Pix model and give it the alias champion.
-
-    Example: crism-mlops promote --experiment crism-quickstart
-    """
-    from crism_mlops.registry.promote import CHAMPION
-    from crism_mlops.registry.promote import promote as promote_best
-    from crism_mlops.tracking import Tracker, shown
-
-    preset = os.environ.get("MLFLOW_TRACKING_URI")
-    tracker = Tracker(tracking_uri, experiment, create=False)
-    done = promote_best(tracker, study, variant)
-    decision = done.decision
-    if as_json:
-        print_json(
-            {
-                "name": done.name, "version": done.version, "alias": CHAMPION, "changed": decision.accepted,
-                "run": decision.candidate.name, "run_id": decision.candidate.run_id, "objective": decision.objective,
-                "value": decision.value, "reason": decision.reason,
-            }
-        )  # fmt: skip
-        return
-    what = "promoted" if decision.accepted else "unchanged"
-    typer.echo(
-        f"{what}: {done.name} version {done.version} is {CHAMPION}: {decision.candidate.name}; {decision.reason}"
-    )
-    # Left to itself, the mlflow command looks into a store of its own.
-    store = "" if preset == tracker.uri else f"MLFLOW_TRACKING_URI={shown(tracker.uri)} "
-    serve = f"mlflow models serve -m models:/{done.name}@{CHAMPION} --env-manager local --port 5001"
-    typer.echo(f"serve it: {store}{serve}")
-
-
+for _of_registry in (promote, rollback, history, verify):
+    app.command()(_of_registry)
 app.command()(doctor)
 app.command()(evaluate)
+app.command()(lineage)
+app.command()(predict)
 app.command()(prompts)
 app.command()(schema)
+app.command()(serve)
 app.command("train-vae")(train_vae)
 
 
@@ -158,45 +127,14 @@ def ui(
     typer.echo(f"MLflow UI over {shown(uri)}: http://{host}:{port} (Ctrl-C stops it)")
     links(f"http://{host}:{port}")
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
+    command += ["--artifacts-destination", str((DEFAULT_ROOT / "artifacts").absolute())]
     # The server starts helpers by name: the environment's own commands must be found.
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # Job consumers, seven processes of them, serve what this project does not use.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, "PATH": commands}
+    # Not on the command line, which every user of the machine can read (ps): it may hold a password.
+    environment["MLFLOW_BACKEND_STORE_URI"] = uri
     os.execve(sys.executable, command, environment)
-
-
-@app.command()
-def predict(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder, or models:/NAME@champion")],
-    scene: Annotated[Path, typer.Argument(help="an observation's folder, or a GeoTIFF of CaSSIS-like bands in I/F")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the GeoTIFF to write")],
-    bands: Annotated[
-        str | None,
-        typer.Option(help="names of a GeoTIFF's bands in their order, e.g. PAN,RED,NIR", show_default=False),
-    ] = None,
-    png: Annotated[bool, typer.Option("--png", help="a picture beside it, for a quick look")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="replace files that exist")] = False,
-    tracking_uri: TrackingUri = None,
-) -> None:
-    """Predict one scene's mineral parameters as a GeoTIFF with its map projection.
-
-    Example: crism-mlops predict models:/crism-instruct-pix2pix@champion mtrdr/frt0000643d -o frt0000643d.tif
-    """
-    from crism_mlops.studies.predict import check_output, predict_scene, write_prediction
-
-    picture = output.with_suffix(".png") if png else None
-    check_output(output, picture, scene, force)
-    names = None if bands is None else tuple(name.strip() for name in bands.split(","))
-    made = predict_scene(checkpoint_folder(checkpoint, tracking_uri), scene, device, names)
-    write_prediction(made, output, picture)
-    height, width = made.source.scene.valid.shape
-    shown = ", ".join(f"{name} ({unit})" for name, unit in zip(made.names, made.units, strict=True))
-    where = "in map projection" if made.source.grid else "a plain TIFF: nobody knows where its pixels lie"
-    typer.echo(f"{output}: {shown}; {height} x {width} pixels, {where}")
-    for note in made.source.notes:
-        typer.echo(f"note: {note}")
 
 
 def main() -> None:
@@ -217,8 +155,9 @@ def main() -> None:
 
 def _end(error: Exception, message: str) -> None:
     if "--debug" in sys.argv:
-        raise error
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+        typer.echo(redacted("".join(traceback.format_exception(error))), err=True, nl=False)
+    else:
+        typer.echo(f"error: {redacted(' '.join(message.split()))}", err=True)
     sys.exit(1)
 
 

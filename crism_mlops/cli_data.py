@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crism_mlops.terminal import AsJson, bars, console, print_json
+from crism_mlops.terminal import AsJson, bars, console, print_json, print_table
 
 if TYPE_CHECKING:
     from crism_mlops.products.ode import Observation
@@ -41,17 +41,11 @@ def inspect_(
     if as_json:
         print_json({"path": str(path), "observations": rows})
         return
-    from rich.markup import escape
-    from rich.table import Table
-
-    counted = f"{len(rows)} observation{'s' * (len(rows) != 1)}"
-    table = Table(title=f"{escape(str(path))}: {counted}", title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row.get(c) is None else escape(str(row[c])) for c in columns))
-    console(160).print(table)
+    print_table(
+        f"{path}: {len(rows)} observation{'s' * (len(rows) != 1)}", columns,
+        [["" if row.get(c) is None else row[c] for c in columns] for row in rows], width=160,
+    )  # fmt: skip
 
 
 RegionName = Annotated[str | None, typer.Option("--region", help='a region\'s name, e.g. "Nili Fossae"')]
@@ -324,17 +318,12 @@ def audit_(
     if as_json:
         print_json({"data_digest": manifest.digest, **report.as_json()})
     else:
-        from rich.markup import escape
-        from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"data set {manifest.digest}: {len(report.leaks)} leaks", title_justify="left")
         colours = {"ok": "green", "warning": "yellow", "leak": "bold red", "unknown": "dim"}
-        for name in ("check", "verdict", "finding"):
-            table.add_column(name, overflow="fold")
-        for row in report.rows():
-            colour = colours[row["verdict"]]
-            table.add_row(row["check"], f"[{colour}]{row['verdict']}[/]", escape(row["finding"]))
-        console(140).print(table)
+        print_table(f"data set {manifest.digest}: {len(report.leaks)} leaks", ("check", "verdict", "finding"), [
+            (row["check"], Text(row["verdict"], colours[row["verdict"]]), row["finding"]) for row in report.rows()
+        ])  # fmt: skip
     told = logging.getLogger("crism_mlops.dataset.audit")
     level = told.level
     told.setLevel(logging.ERROR)  # The table says it already.

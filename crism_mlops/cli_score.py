@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from crism_mlops.terminal import AsJson, Progress, TrackingUri, console, print_json
+from crism_mlops.terminal import AsJson, Progress, TrackingUri, print_json, print_table
 
 if TYPE_CHECKING:
     from crism_mlops.evaluation.inference import Interval
@@ -66,18 +65,18 @@ def evaluate(
         figures += [f"carbonate/{name}" for name in ("precision", "recall", "iou", "f1", "ap", "area")]
         figures += [f"carbonate_ceiling/{name}" for name in ("f1", "ap")]
     title = f"{what}: {len(found.table.rows)} scenes, split {split}"
-    _print_table(
+    print_table(
         title, ("protocol", "figure", "mean and 95 % interval"),
         [(*figure.split("/"), str(found.table.interval(figure))) for figure in figures],
     )  # fmt: skip
     strata = [r for r in found.table.strata_rows() if r["figure"] == "valid/rmse"]
-    _print_table(
+    print_table(
         "RMSE by stratum", ("stratum", "scenes", "mean and 95 % interval"),
         [(r["stratum"], str(r["scenes"]), r["says"]) for r in strata],
     )  # fmt: skip
     if found.against is not None:
         rows = difference_rows(found.differences)
-        _print_table(
+        print_table(
             f"{what} minus {found.against}, the same {len(found.table.rows)} scenes",
             tuple(rows[0]), [tuple(row.values()) for row in rows],
         )  # fmt: skip
@@ -130,12 +129,12 @@ def prompts(
             "region_floor": None if found.floor is None else {k: asdict(v) for k, v in found.floor.items()},
         })  # fmt: skip
         return
-    _print_table(
+    print_table(
         f"{checkpoint}: prompts, {len(found.prompts['right'])} scenes of {split}", ("figure", *WAYS, FLOOR), rows
     )
     for way, differences in found.differences.items():
         lines = difference_rows(differences)
-        _print_table(f"right minus {way}", tuple(lines[0]), [tuple(line.values()) for line in lines])
+        print_table(f"right minus {way}", tuple(lines[0]), [tuple(line.values()) for line in lines])
 
 
 @baselines_app.command("import")
@@ -158,7 +157,7 @@ def import_(
 def checkpoint_folder(what: str, tracking_uri: str | None) -> Path:
     """A checkpoint's folder, fetched where it is a registered model. Raises ModelError where there is none."""
     if what.startswith("models:/"):
-        from crism_mlops.tracking import download_checkpoint
+        from crism_mlops.tracking_model import download_checkpoint
 
         return download_checkpoint(tracking_uri, what)
     folder = Path(what).expanduser()
@@ -168,15 +167,3 @@ def checkpoint_folder(what: str, tracking_uri: str | None) -> Path:
 
         raise ModelError(f"{folder}: no such folder; give a checkpoint's folder, or models:/NAME@champion")
     return folder
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    console(140).print(table)

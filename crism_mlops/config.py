@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from crism_mlops.config_promotion import PromotionConfig
 from crism_mlops.config_run import (
     PLACES,
     PROMPT_FIELDS,
@@ -80,7 +81,8 @@ from crism_mlops.errors import ConfigError
 __all__ = [
     "PLACES", "PROMPT_FIELDS", "AuditConfig", "Budget", "CarbonateConfig", "Choice", "DataConfig", "Dimension",
     "EngineConfig", "EvaluateConfig", "Group", "InstructPix2PixModel", "Integer", "Limit", "LogUniform", "LoraConfig",
-    "Normalization", "Objective", "PrunerConfig", "Repeat", "RunConfig", "SamplerConfig", "ScratchUNet", "Section",
+    "Normalization", "Objective", "PromotionConfig", "PrunerConfig", "Repeat", "RunConfig", "SamplerConfig",
+    "ScratchUNet", "Section",
     "SimulatedConfig", "Solver", "SplitConfig", "SweepConfig", "TrainConfig", "UNetModel", "Uniform",
     "ValidationFigure", "Variant", "ViewName", "WarmStart", "digest_of", "dotted_keys", "error_sign", "extremes",
     "load_sweep", "override_sweep",
@@ -112,6 +114,7 @@ class SweepConfig(RunConfig):
     )
     warm_start: WarmStart | None = None
     repeat: Repeat | None = None
+    promotion: PromotionConfig = PromotionConfig()
 
     def run_config(self, choices: Mapping[str, Any]) -> RunConfig:
         """The configuration of one trial. Raises ConfigError if a choice does not fit the model."""
@@ -263,7 +266,7 @@ class SweepConfig(RunConfig):
             exclude={
                 "budget": True, "study": True, "experiment": True, "device": True, "engine": True, "audit": True,
                 "data": PLACES, "sampler": True, "pruner": True, "search": True, "enqueue": True, "warm_start": True,
-                "repeat": True,
+                "repeat": True, "promotion": True,
             },
         )  # fmt: skip
         flat = dict(flatten(content))

@@ -19,11 +19,15 @@ from crism_mlops.errors import ConfigError
 if TYPE_CHECKING:
     import yaml
 
+# A study file with a grid of a thousand points has not a tenth of it.
+_MAX_NODES = 100_000
+
 Chosen = Mapping[str, type[BaseModel]]
 
 
 def read_yaml(text: str) -> Any:
-    """YAML, safe-loaded; a key that stands twice is an error. Raises ValueError with one line."""
+    """YAML, safe-loaded; a key that stands twice is an error, and so are aliases that make a small file a huge one, or
+    one that holds itself. Raises ValueError with one line."""
     import yaml
 
     try:
@@ -40,6 +44,12 @@ def _loader() -> type[yaml.SafeLoader]:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def get_single_node(self) -> yaml.Node | None:
+            node: yaml.Node | None = super().get_single_node()
+            if node is not None:
+                _expanded(node, {})
+            return node
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for key in keys:
@@ -51,6 +61,27 @@ def _loader() -> type[yaml.SafeLoader]:
     number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     return Loader
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there are below one, those behind aliases counted each time; 0 stands in `known` for one whose
+    count has begun."""
+    import yaml
+
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise yaml.YAMLError("an alias stands within what it names")
+        return known[id(node)]
+    known[id(node)] = 0
+    count = 1
+    if isinstance(node, yaml.CollectionNode):
+        count += sum(
+            _expanded(one, known) for entry in node.value for one in (entry if isinstance(entry, tuple) else (entry,))
+        )
+    if count > _MAX_NODES:
+        raise yaml.YAMLError(f"with its aliases written out it has more than {_MAX_NODES} values")
+    known[id(node)] = count
+    return count
 
 
 def digest_of(content: Any) -> str:

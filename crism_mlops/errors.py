@@ -5,9 +5,14 @@ A message is one line: what was found, what was expected, what to do next.
 
 from __future__ import annotations
 
+from crism_mlops.redact import redacted
+
 
 class CrismError(Exception):
-    """Anything that a user can put right; printed as one line, exit code 1."""
+    """Anything that a user can put right; printed as one line, exit code 1. It never tells a password."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ConfigError(CrismError):
@@ -38,8 +43,16 @@ class ModelError(CrismError):
     """Weights that cannot be had or loaded, or a model that does not fit the data."""
 
 
+class UntrustedError(ModelError):
+    """A file from outside that is not what its name says, or that would do harm when it is read or loaded."""
+
+
 class UnwrittenError(ModelError):
     """A checkpoint or a state to resume from that cannot be written (a full disk); what was there before is whole."""
+
+
+class OtherModelError(ModelError):
+    """A server serves another version of its model than at first."""
 
 
 class TrainingError(CrismError):
@@ -56,6 +69,10 @@ class MemoryShortError(TrainingError):
 
 class EvaluationError(CrismError):
     """Images that cannot be scored."""
+
+
+class GivenUpError(CrismError):
+    """A prediction that nobody waits for any more."""
 
 
 class TrackingError(CrismError):
@@ -89,8 +106,22 @@ class PromotionError(CrismError):
     """No run can be promoted as asked."""
 
 
+class RequestError(CrismError):
+    """What the served model is asked that it cannot answer; `found` and `expected` say so."""
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"{found}; expected {expected}")
+        self.found = found
+        self.expected = expected
+
+
+class ServingError(CrismError):
+    """A model that cannot be served as asked."""
+
+
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line of readable length; its type's name where it says nothing."""
     # SQLAlchemy ends with an address that explains its own errors, not the database's.
     text = str(error).partition("(Background on this error at")[0]
-    return " ".join(text.split())[:300] or type(error).__name__
+    # Before it is cut: half a password would not be known as one.
+    return redacted(" ".join(text.split()))[:300] or type(error).__name__

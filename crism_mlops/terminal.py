@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +42,19 @@ def console(width: int = 140) -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else width, emoji=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 140) -> None:
+    """A table on standard output. A cell that is a rich Text keeps its style; whatever else it is stands as it is."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    console(width).print(table)
 
 
 def print_json(content: Any) -> None:

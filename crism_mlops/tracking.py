@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from crism_mlops.errors import TrackingError, one_line
+from crism_mlops.redact import redacted, without_secrets
 from crism_mlops.tracking_data import DataSet
 from crism_mlops.tracking_send import few_colours, send
 from crism_mlops.tracking_store import (
@@ -32,7 +32,6 @@ from crism_mlops.tracking_store import (
     artifact_folder,
     connect,
     default_tracking_uri,
-    download_checkpoint,
     patiently,
     retry_ourselves,
     shown,
@@ -53,7 +52,6 @@ __all__ = [
     "artifact_folder",
     "connect",
     "default_tracking_uri",
-    "download_checkpoint",
     "flat_json",
     "git_commit",
     "shown",
@@ -161,8 +159,7 @@ class Tracker:
         path = sqlite_path(self.uri)
         if path is not None:
             return f"sqlite:///{path.absolute()}"
-        parts = urlsplit(self.uri)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return without_secrets(self.uri)
 
     def delete(self, run_id: str) -> None:
         """Mark a run as deleted; MLflow can restore it until it is garbage-collected."""
@@ -248,6 +245,7 @@ class Tracker:
         commit = git_commit()
         if commit is not None:
             every["mlflow.source.git.commit"] = commit
+        every = {key: redacted(value) for key, value in every.items()}
         if self.patience and not once:
             # A server that goes away in mid-call may have made the run: the next attempt knows it by this.
             every[_REQUEST] = uuid.uuid4().hex
@@ -267,7 +265,7 @@ class Tracker:
 
     def params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Log parameters; None becomes "none"."""
-        texts = {k: ("none" if v is None else str(v))[:_MAX_PARAM] for k, v in params.items()}
+        texts = {k: ("none" if v is None else redacted(str(v)))[:_MAX_PARAM] for k, v in params.items()}
         if texts:
             self._tell({"op": "params", "run": run_id, "params": texts})
 
@@ -281,7 +279,7 @@ class Tracker:
 
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self._tell({"op": "tags", "run": run_id, "tags": {k: str(v) for k, v in tags.items()}})
+        self._tell({"op": "tags", "run": run_id, "tags": {k: redacted(str(v)) for k, v in tags.items()}})
 
     def data(self, run_id: str, sets: Sequence[DataSet]) -> None:
         """Tell what data sets a run uses."""
@@ -294,11 +292,11 @@ class Tracker:
         self._tell({"op": "scored", "run": run_id, "model": model_id, "sets": data})
 
     def text(self, run_id: str, text: str, file: str) -> None:
-        """Log a text artifact."""
-        self._tell_file(run_id, text.encode(), file)
+        """Log a text artifact; passwords in it are hidden."""
+        self._tell_file(run_id, redacted(text).encode(), file)
 
     def content(self, run_id: str, content: bytes, file: str) -> None:
-        """Log a file's content as an artifact."""
+        """Log a file's content as an artifact, as it is: texts go through `text`."""
         self._tell_file(run_id, content, file)
 
     def figure(self, run_id: str, figure: Any, file: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crism_mlops.errors import TrackingAwayError, TrackingError, one_line
+from crism_mlops.redact import redacted, remembered
 
 # Read by mlflow when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -62,7 +63,7 @@ def default_tracking_uri() -> str:
 
 def connect(uri: str) -> Any:
     """A client of a tracking store and its registry, once it is known to answer."""
-    _reach(uri)
+    _reach(remembered(uri))
     import mlflow
 
     for name in ("mlflow", "alembic"):
@@ -112,17 +113,6 @@ def _wait_longer(
     if statement.startswith("PRAGMA busy_timeout"):
         statement = f"PRAGMA busy_timeout = {SQLITE_WAIT * 1000}"
     return statement, parameters
-
-
-def download_checkpoint(uri: str | None, model_uri: str) -> Path:
-    """The checkpoint folder of a logged or registered model, downloaded where it is remote."""
-    uri = uri or default_tracking_uri()
-    connect(uri)
-    import mlflow
-
-    with translated(uri):
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model_uri))
-    return folder / "artifacts" / "checkpoint"
 
 
 def _reach(uri: str) -> None:
@@ -351,6 +341,5 @@ def retry_ourselves() -> None:
 
 def shown(uri: str, text: str | None = None) -> str:
     """A URI without its password, or a text that may quote the URI."""
-    password = urllib.parse.urlsplit(uri).password
-    text = uri if text is None else text
-    return text.replace(f":{password}@", ":***@") if password else text
+    remembered(uri)
+    return redacted(uri if text is None else text)

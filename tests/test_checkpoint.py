@@ -61,6 +61,21 @@ def test_a_unet_comes_back_as_it_was(tmp_path: Path) -> None:
         assert not any(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_an_undefined_score_costs_no_checkpoint(tmp_path: Path, folder: Path, score: float) -> None:
+    """It is kept where no scene of the validation has the figure; earlier versions wrote NaN, which JSON lacks."""
+    written = save_checkpoint(unet.build(UNET, 3, 1), tmp_path / "new", make_checkpoint(score=score))
+    assert "NaN" not in (tmp_path / "new" / CARD).read_text()
+    assert read_checkpoint(tmp_path / "new") == written
+    assert written.score is None
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps({**card, "score": score}))
+    assert read_checkpoint(folder).score is None
+    (folder / CARD).write_text(json.dumps({**card, "transform": {**card["transform"], "low": [score, 0.1, 0.2]}}))
+    with pytest.raises(ModelError, match="a number that JSON does not have"):
+        read_checkpoint(folder)
+
+
 def test_an_instruct_pix2pix_comes_back_as_it_was(tmp_path: Path) -> None:
     config = config_of(text_encoder="trained")
     model = InstructPix2Pix(make_parts(), config)

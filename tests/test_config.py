@@ -297,6 +297,13 @@ def test_another_autoencoder_needs_its_unet(tmp_path: Path) -> None:
         (b"[" * 20000, "not YAML"),
         (b"study: \xff\xfe", "cannot be read"),
         (b"study: a\nstudy: b\n", "the key study stands twice"),
+        # A thousand million values in ten lines, and a list within itself.
+        (
+            b"a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 9)),
+            "with its aliases written out it has more than 100000 values",
+        ),
+        (b"search: &a [*a]\n", "an alias stands within what it names"),
         (b"1: 2\n", "sweep.yaml"),
         (b"study: a\n? [x]\n: y\n", "sweep.yaml"),
     ],
@@ -308,6 +315,12 @@ def test_files_that_are_no_sweep(tmp_path: Path, content: bytes, words: str) -> 
         load_sweep(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_of_yaml(tmp_path: Path) -> None:
+    (tmp_path / "plain.yaml").write_text(f"{UNET}split: {{validation: 0.2, test: 0.2}}\n")
+    (tmp_path / "alias.yaml").write_text(f"{UNET}split: {{validation: &a 0.2, test: *a}}\n")
+    assert load_sweep(tmp_path / "alias.yaml") == load_sweep(tmp_path / "plain.yaml")
 
 
 def test_no_file(tmp_path: Path) -> None:

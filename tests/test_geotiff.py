@@ -191,6 +191,15 @@ def test_bands_without_descriptions_are_named_by_the_caller(tmp_path: Path) -> N
     assert "RED stands in no band description (found PAN, NIR" in refused(path, named=("PAN", "NIR", "X", "Y"))
 
 
+def test_a_coordinate_system_that_geotiff_does_not_know_is_not_lost(tmp_path: Path) -> None:
+    """GDAL would put an oblique one into a file beside it, and say nothing."""
+    text = "+proj=ob_tran +o_proj=longlat +o_lon_p=0 +o_lat_p=45 +lon_0=10 +R=3396190 +no_defs"
+    place = Grid(rasterio.crs.CRS.from_string(text).to_wkt(), (0.1, 0.0, 10.0, 0.0, -0.1, 10.0))
+    with pytest.raises(ProductError, match=r"a\.tif: its coordinate system, .* cannot stand in a GeoTIFF; reproject"):
+        write_geotiff(tmp_path / "a.tif", IMAGE, VALID, place, NAMES)
+    assert not list(tmp_path.iterdir())
+
+
 # --- values
 
 
@@ -218,6 +227,21 @@ def test_an_internal_mask_is_no_data(tmp_path: Path) -> None:
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as target:
         target.write_mask(VALID)
     np.testing.assert_array_equal(read_geotiff(path, NAMES).valid, VALID)
+
+
+@pytest.mark.parametrize("suffix", [".msk", ".MSK", ".Msk"])
+def test_a_mask_in_another_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    """GDAL would open it as any format: here a VRT, which names a further file."""
+    path = write(tmp_path / "a.tif", IMAGE)
+    write(tmp_path / "b.tif", VALID.astype(np.uint8)[..., None] * 255, None)
+    (tmp_path / f"a.tif{suffix}").write_text(
+        '<VRTDataset rasterXSize="30" rasterYSize="20"><Metadata><MDI key="INTERNAL_MASK_FLAGS_1">2</MDI></Metadata>'
+        '<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename relativeToVRT="1">b.tif'
+        "</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with rasterio.open(path) as opened:
+        np.testing.assert_array_equal(opened.read_masks(1) > 0, VALID)
+    assert f"its mask stands in a file of its own, a.tif{suffix}" in refused(path)
 
 
 def test_no_data_everywhere(tmp_path: Path) -> None:

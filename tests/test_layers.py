@@ -12,13 +12,14 @@ import crism_mlops
 
 ROOT = Path(crism_mlops.__file__).parent
 STAGES = {
-    "errors": 0, "config": 0, "config_run": 0, "config_search": 0, "config_study": 0, "config_text": 0,
-    "cluster": 0, "interrupts": 0, "quiet": 0,
+    "errors": 0, "config": 0, "config_promotion": 0, "config_run": 0, "config_search": 0, "config_study": 0,
+    "config_text": 0, "cluster": 0, "interrupts": 0, "quiet": 0, "untrusted": 0, "redact": 0,
     "products": 1, "scenes": 2, "dataset": 3, "models": 4, "training": 5, "evaluation": 6, "tracking": 7,
     "tracking_store": 7, "tracking_send": 7, "tracking_model": 7, "tracking_data": 7, "tracking_view": 7,
-    "tracking_system": 7, "outbox": 7, "buffered": 7,
-    "studies": 8, "reports": 9, "registry": 10, "terminal": 11, "cli_data": 11, "cli_doctor": 11,
-    "cli_report": 11, "cli_schema": 11, "cli_score": 11, "cli_study": 11, "cli_status": 11,
+    "tracking_system": 7, "tracking_registry": 7, "tracking_lineage": 7, "outbox": 7, "buffered": 7,
+    "studies": 8, "reports": 9, "registry": 10, "terminal": 11, "cli_data": 11, "cli_doctor": 11, "cli_lineage": 11,
+    "cli_predict": 11, "cli_registry": 11, "cli_report": 11, "cli_schema": 11, "cli_score": 11, "cli_serve": 11,
+    "cli_study": 11, "cli_status": 11,
     "watch": 11, "cli_vae": 11, "cli": 11,
 }  # fmt: skip
 ROOMS = {

@@ -686,7 +686,7 @@ def test_a_folder_that_cannot_be_written(full: OdeServer, tmp_path: Path) -> Non
         fetch_observation(found(full), tmp_path / "file", to(full))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"url": 1}}', "\0"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"url": 1}}', "\0", "[" * 100_000])
 def test_a_damaged_record(full: OdeServer, observation: Path, tmp_path: Path, content: str) -> None:
     folder = fetch_observation(found(full), tmp_path, to(full))
     (folder / transfer.RECORD).write_text(content)

@@ -194,6 +194,14 @@ def test_row_label_and_the_stretch_in_words() -> None:
     assert "shown reduced" not in words(figure)
 
 
+def test_a_name_is_no_formula() -> None:
+    case = make_case()
+    named = replace(case.pair.scene, observation_id="cost$_$x")
+    figure = panel([replace(case, pair=replace(case.pair, scene=named))], "of cost$_$x")
+    figure.canvas.draw()
+    assert "cost$_$x" in words(figure)
+
+
 def test_a_large_scene_is_shown_reduced_and_scored_whole() -> None:
     case = make_case(700, 330)  # no data ends within a block
     figure = panel([case], "t")

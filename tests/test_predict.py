@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from console import Ran, console
 from matplotlib.image import imread
 from rasterio.errors import NotGeoreferencedWarning
 
-from crism_mlops import cli
 from crism_mlops.config import DataConfig, RunConfig
+from crism_mlops.dataset.carbonate import CarbonateRule
 from crism_mlops.dataset.manifest import Pair
 from crism_mlops.dataset.variants import InputTransform, channels, target_image
 from crism_mlops.errors import CrismError, DatasetError, ModelError, ProductError, SceneError
@@ -30,12 +32,19 @@ from crism_mlops.scenes.bands import band_image
 from crism_mlops.scenes.filters import CASSIS_BANDS, FILTERS, load_filters
 from crism_mlops.scenes.scene import scene_from_products
 from crism_mlops.studies import run as studies_run
-from crism_mlops.studies.predict import check_output, figure, predict_scene, write_prediction
+from crism_mlops.studies.inputs import Input, inputs_in
+from crism_mlops.studies.predict import Job, Options, Prediction, check_outputs, write_prediction
+from crism_mlops.studies.predict import predict_scene as predict_with
+from crism_mlops.studies.predict_figure import figure
+from crism_mlops.studies.predict_files import Outputs
+from crism_mlops.studies.predictors import LocalModel
 
 Write = Callable[..., Path]
 
 
-def save(folder: Path, *, model: dict[str, Any] | None = None, **data: Any) -> Path:
+def save(
+    folder: Path, *, model: dict[str, Any] | None = None, carbonate: CarbonateRule | None = None, **data: Any
+) -> Path:
     """A checkpoint of random weights."""
     config = RunConfig.model_validate(
         {
@@ -50,7 +59,7 @@ def save(folder: Path, *, model: dict[str, Any] | None = None, **data: Any) -> P
     else:
         built = instruct_pix2pix.build(config.model, 1)
     transform = InputTransform(config.data.variant, config.data.normalization)
-    save_checkpoint(built, folder, Checkpoint(config, transform, "0" * 16, 1, 1, 1.0, {}))
+    save_checkpoint(built, folder, Checkpoint(config, transform, "0" * 16, 1, 1, 1.0, {}, carbonate))
     return folder
 
 
@@ -67,6 +76,20 @@ def cassis(tmp_path_factory: pytest.TempPathFactory, observation: Path) -> Path:
     path = tmp_path_factory.mktemp("cassis") / "cassis.tif"
     write_geotiff(path, image, np.isfinite(image).all(axis=-1), grid(product), CASSIS_BANDS)
     return path
+
+
+def predict_scene(
+    checkpoint: Path, place: Path, device: str = "cpu", bands: tuple[str, ...] | None = None
+) -> Prediction:
+    """A checkpoint's prediction from the one input at a place."""
+    (given,) = inputs_in(place)
+    return predict_with(LocalModel(checkpoint, device), given, Options(bands=bands))
+
+
+def write(made: Prediction, tif: Path, *, png: bool = False) -> Outputs:
+    outputs = Outputs.beside(tif, png=png)
+    write_prediction(made, outputs)
+    return outputs
 
 
 # --- the prediction is evaluation's
@@ -86,7 +109,6 @@ def test_a_scene_alone_is_predicted_as_in_evaluation(tmp_path: Path, checkpoint:
     for folder, pair, image in zip(folders[1:], pairs[1:], expected[1:], strict=True):
         made = predict_scene(checkpoint, folder, "cpu")
         np.testing.assert_array_equal(made.scaled, image)
-        np.testing.assert_array_equal(made.shown, pair.image)
         np.testing.assert_array_equal(made.truth, pair.truth)
         np.testing.assert_array_equal(made.source.scene.valid, pair.scene.valid)
         assert made.source.notes == ()
@@ -159,9 +181,11 @@ def test_physical_units(
 ) -> None:
     made = predict_scene(save(tmp_path / "checkpoint", **data), observation)
     low, high = np.array(ranges).T
-    np.testing.assert_allclose(made.image, low + made.scaled * (high - low), rtol=1e-5, atol=1e-6)
+    valid = made.source.scene.valid
+    expected = np.where(valid[..., None], low + made.scaled * (high - low), 0.0)
+    np.testing.assert_allclose(made.answer.prediction, expected, rtol=1e-5, atol=1e-6)
     units = {"fal": ("I/F",) * 3, "cr2": ("band depth", "band depth", "index")}[data["target"]]
-    assert made.units == units
+    assert made.facts.output_units == units
 
 
 # --- the file
@@ -169,7 +193,7 @@ def test_physical_units(
 
 def test_the_file_says_what_it_is_and_where(checkpoint: Path, observation: Path, tmp_path: Path) -> None:
     made = predict_scene(checkpoint, observation)
-    write_prediction(made, tmp_path / "out.tif", picture=tmp_path / "out.png")
+    write(made, tmp_path / "out.tif", png=True)
     place = grid(open_observation(observation)["if"])
     assert place is not None
     with rasterio.open(tmp_path / "out.tif") as written:
@@ -178,7 +202,7 @@ def test_the_file_says_what_it_is_and_where(checkpoint: Path, observation: Path,
         assert tuple(written.transform[:6]) == place.transform
         np.testing.assert_array_equal(written.read_masks(1) > 0, made.source.scene.valid)
         np.testing.assert_array_equal(
-            np.moveaxis(written.read(), 0, -1)[made.source.scene.valid], made.image[made.source.scene.valid]
+            np.moveaxis(written.read(), 0, -1)[made.source.scene.valid], made.answer.prediction[made.source.scene.valid]
         )
         tags = written.tags()
     known = {"scene": observation.name, "variant": "pnr", "normalization": "physical", "target": "fal", "model": "unet",
@@ -193,11 +217,19 @@ def test_the_file_says_what_it_is_and_where(checkpoint: Path, observation: Path,
     ]
 
 
+def test_a_file_s_name_is_no_formula(checkpoint: Path, cassis: Path, tmp_path: Path) -> None:
+    shutil.copy(cassis, tmp_path / "a$_$b.tif")
+    outputs = write(predict_scene(checkpoint, tmp_path / "a$_$b.tif"), tmp_path / "out.tif", png=True)
+    assert outputs.png is not None
+    assert imread(outputs.png).shape[1] > 900
+
+
 def test_image_wise_targets_have_no_inverse(tmp_path: Path, cassis: Path) -> None:
     model = {"kind": "instruct_pix2pix", "pretrained": "tiny", "steps": 2, "prompt": "at {longitude}, {location}"}
     made = predict_scene(save(tmp_path / "checkpoint", model=model, target_normalization="minmax"), cassis)
-    np.testing.assert_array_equal(made.image, made.scaled)
-    assert made.units == ("0..1",) * 3
+    valid = made.source.scene.valid
+    np.testing.assert_array_equal(made.answer.prediction[valid], made.scaled[valid])
+    assert made.facts.output_units == ("0..1",) * 3
     assert made.tags["crism.inverse"].startswith("none")
     assert made.tags["crism.prompt"] == (
         f"at {made.source.scene.longitude_deg:z.2f}, {made.source.scene.region.replace('_', ' ')}"
@@ -205,27 +237,59 @@ def test_image_wise_targets_have_no_inverse(tmp_path: Path, cassis: Path) -> Non
     assert [axis.get_title() for axis in figure(made).axes] == ["input, stretched: PAN, NIR, RED", "prediction"]
 
 
+def job(tif: Path, given: Path, png: bool = False) -> Job:
+    return Job(Input(given, "geotiff", given.stem), Outputs.beside(tif, png=png))
+
+
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "a.tif").write_text("mine")
-    (tmp_path / "a.png").write_text("mine")
-    for path, picture in ((tmp_path / "a.tif", None), (tmp_path / "b.tif", tmp_path / "a.png")):
+    for name in ("a.tif", "a.png", "d-carbonate.tif"):
+        (tmp_path / name).write_text("mine")
+    given = tmp_path / "input.tif"
+    for name, png in (("a.tif", False), ("a.TIFF", True), ("d.tif", False)):
         with pytest.raises(SceneError, match="--force"):
-            check_output(path, picture, tmp_path, force=False)
-        check_output(path, picture, tmp_path, force=True)
+            check_outputs([job(tmp_path / name, given, png)], force=False, resumes=False)
+        check_outputs([job(tmp_path / name, given, png)], force=True, resumes=False)
     (tmp_path / "c.tif").mkdir()
     for path in (tmp_path / "c.tif", tmp_path / "none" / "a.tif"):
         with pytest.raises(SceneError, match="folder that exists"):
-            check_output(path, None, tmp_path, force=True)
+            check_outputs([job(path, given)], force=True, resumes=False)
     with pytest.raises(SceneError, match=r"\.tif"):
-        check_output(tmp_path / "a.png", None, tmp_path, force=True)
+        check_outputs([job(tmp_path / "a.png", given)], force=True, resumes=False)
 
 
-def test_the_input_is_not_replaced_by_force(tmp_path: Path) -> None:
+def test_no_input_is_replaced_by_force_and_no_file_is_written_twice(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_text("mine")
     (tmp_path / "b.tif").symlink_to(tmp_path / "a.tif")
     for path in ("a.tif", "b.tif"):
-        with pytest.raises(SceneError, match="its own input"):
-            check_output(tmp_path / path, None, tmp_path / "a.tif", force=True)
+        with pytest.raises(SceneError, match="is an input"):
+            check_outputs([job(tmp_path / path, tmp_path / "a.tif")], force=True, resumes=True)
+    same = [job(tmp_path / "out" / name, tmp_path / given) for name, given in (("c.tif", "x.tif"), ("c.tif", "y.tif"))]
+    beside = [job(tmp_path / "out" / name, tmp_path / "x.tif") for name in ("c.tif", "c-carbonate.tif")]
+    for jobs in (same, beside):
+        with pytest.raises(SceneError, match=r"x\.tif.*would write it"):
+            check_outputs(jobs, force=True, resumes=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is Unicode")
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_predicted(
+    checkpoint: Path, observation: Path, cassis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    latin = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xdcberflug"))
+    shutil.copy(cassis, latin.with_suffix(".tif"))
+    shutil.copytree(observation, latin / observation.name)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / observation.name).symlink_to(latin / observation.name)
+    for path in (latin.with_suffix(".tif"), latin, tmp_path / "in"):
+        with pytest.raises(SceneError, match=r"/\\xdcberflug.*: its name is not UTF-8; rename it") as caught:
+            inputs_in(path)
+        assert str(caught.value).isprintable()
+    with pytest.raises(SceneError, match="not UTF-8"):
+        check_outputs([job(latin.with_suffix(".tif"), cassis)], force=True, resumes=False)
+    words = ["predict", latin.with_suffix(".tif"), cassis, "-o", tmp_path / "out", "--model", checkpoint]
+    ran = console(words, monkeypatch, capsys)
+    assert "1 of 2 predicted, 1 failed" in ran.out
+    assert "\\xdcberflug.tif: its name is not UTF-8" in ran.err
 
 
 # --- what a scene may lack
@@ -242,7 +306,7 @@ def test_an_observation_without_truth(checkpoint: Path, write_envi: Write, tmp_p
     assert made.source.grid is None
     assert "no truth" in made.source.notes[0]
     np.testing.assert_array_equal(made.source.scene.valid, np.arange(20)[:, None].repeat(24, axis=1) >= 4)
-    write_prediction(made, tmp_path / "out.tif")
+    write(made, tmp_path / "out.tif")
     with pytest.warns(NotGeoreferencedWarning):
         written = rasterio.open(tmp_path / "out.tif")
     with written:
@@ -264,7 +328,7 @@ def test_bands_that_cassis_lacks(tmp_path: Path, observation: Path, cassis: Path
     checkpoint = save(tmp_path / "checkpoint", variant=variant)
     with pytest.raises(DatasetError, match=f"{variant}.*CaSSIS bands cannot give"):
         predict_scene(checkpoint, cassis)
-    assert predict_scene(checkpoint, observation).image.shape == (40, 40, 3)
+    assert predict_scene(checkpoint, observation).answer.prediction.shape == (40, 40, 3)
 
 
 def altered(cassis: Path, path: Path, change: Callable[[Any], Any], names: Any = CASSIS_BANDS) -> Path:
@@ -298,7 +362,7 @@ def test_bands_by_the_caller_s_names(checkpoint: Path, cassis: Path, observation
         predict_scene(checkpoint, path)
     made = predict_scene(checkpoint, path, bands=("BLU", "PAN", "RED", "NIR"))
     np.testing.assert_array_equal(made.scaled, predict_scene(checkpoint, cassis).scaled)
-    with pytest.raises(SceneError, match="GeoTIFF's bands"):
+    with pytest.raises(SceneError, match="bands of a GeoTIFF"):
         predict_scene(checkpoint, observation, bands=("PAN",))
 
 
@@ -315,18 +379,16 @@ def test_a_device_that_is_not_there(
         predict_scene(checkpoint, cassis, device)
 
 
-def test_scenes_that_are_none(checkpoint: Path, observation: Path, real_data: Path, tmp_path: Path) -> None:
+def test_scenes_that_are_none(checkpoint: Path, real_data: Path, tmp_path: Path) -> None:
     (tmp_path / "text.tif").write_text("no picture")
+    (tmp_path / "some.txt").write_text("no picture")
     (tmp_path / "empty").mkdir()
-    two = tmp_path / "two"
-    for name in ("a", "b"):
-        shutil.copytree(observation, two / name)
     browse = real_data / "mtrdr" / "browse" / "frt00005acd"
     refused = {
         tmp_path / "none": "no such file",
         tmp_path / "text.tif": "not a readable GeoTIFF",
         tmp_path / "empty": "no CRISM product",
-        two: "2 observations",
+        tmp_path / "some.txt": "expected an observation's folder",
         browse: "no I/F product",
     }
     for place, says in refused.items():
@@ -335,42 +397,179 @@ def test_scenes_that_are_none(checkpoint: Path, observation: Path, real_data: Pa
         assert "\n" not in str(caught.value)
 
 
-def test_a_long_image_is_said_to_be_squeezed(checkpoint: Path, tmp_path: Path) -> None:
-    image = np.full((300, 40, 4), 0.2, dtype=np.float32)
-    write_geotiff(tmp_path / "a.tif", image, np.ones((300, 40), dtype=bool), None, CASSIS_BANDS)
-    made = predict_scene(checkpoint, tmp_path / "a.tif")
-    assert "squeezed into 32 x 32" in made.source.notes[-1]
-    assert made.image.shape == (300, 40, 3)
+# --- carbonate and draws
+
+# A pixel whose first channel is large bears carbonate, whatever the others say.
+RULE = CarbonateRule("classifier", 0.45, (0.0,) * 19, (1.0,) * 19, (1.0,) + (0.0,) * 18)
+
+
+def test_carbonate_is_a_mask_on_the_same_grid(tmp_path: Path, observation: Path) -> None:
+    checkpoint = save(tmp_path / "checkpoint", carbonate=RULE)
+    made = predict_scene(checkpoint, observation)
+    mask = made.scaled[..., 0] > 0.45
+    assert 0.02 < mask.mean() < 0.98, "the weights say the same everywhere: the test sees nothing"
+    outputs = write(made, tmp_path / "out.tif", png=True)
+    assert outputs.carbonate is not None
+    with rasterio.open(outputs.carbonate) as written, rasterio.open(outputs.tif) as beside:
+        found = written.read(1)
+        assert (written.dtypes, written.nodata, written.descriptions) == (("uint8",), 255.0, ("carbonate",))
+        assert (written.crs, written.transform) == (beside.crs, beside.transform)
+        assert written.colorinterp[0].name == "palette"
+        assert written.colormap(1)[1][:3] == (230, 26, 140)
+        assert written.tags()["crism.checkpoint_digest"] == beside.tags()["crism.checkpoint_digest"]
+    valid = made.source.scene.valid
+    np.testing.assert_array_equal(found, np.where(valid, mask, 255))
+    assert [axis.get_title() for axis in figure(made).axes][-1].startswith("carbonate: ")
+    # What was of another prediction does not stay beside this one.
+    write(predict_scene(save(tmp_path / "plain"), observation), tmp_path / "out.tif")
+    assert not outputs.carbonate.exists()
+
+
+def test_several_draws_have_a_deviation(tmp_path: Path, observation: Path) -> None:
+    model = {"kind": "instruct_pix2pix", "pretrained": "tiny", "steps": 2}
+    local = LocalModel(save(tmp_path / "checkpoint", model=model), "cpu")
+    (given,) = inputs_in(observation)
+    one = predict_with(local, given)
+    made = predict_with(local, given, Options(draws=2, steps=1))
+    assert one.answer.deviation is None
+    assert made.tags["crism.draws"] == "2"
+    outputs = write(made, tmp_path / "out.tif")
+    with rasterio.open(outputs.deviation) as written:
+        assert written.descriptions == tuple(f"{name} standard deviation" for name in ("R2529", "R1506", "R1080"))
+        values = np.moveaxis(written.read(), 0, -1)
+    valid = made.source.scene.valid
+    assert np.isnan(values[~valid]).all()
+    np.testing.assert_array_equal(values[valid], made.answer.deviation[valid])  # type: ignore[index] # not None
+    assert values[valid].max() > 0.0
+
+
+def test_what_is_asked_for_reaches_the_model(tmp_path: Path, observation: Path) -> None:
+    model = {"kind": "instruct_pix2pix", "pretrained": "tiny", "steps": 2, "prompt": "at {longitude}, {location}"}
+    local = LocalModel(save(tmp_path / "checkpoint", model=model), "cpu")
+    (given,) = inputs_in(observation)
+    plain = predict_with(local, given)
+    for options, prompt in (
+        (Options(longitude=0.0, latitude=85.0), "at 0.00, unknown"),
+        (Options(location="Jezero_crater"), f"at {plain.source.scene.longitude_deg:z.2f}, Jezero crater"),
+        (Options(prompt="find clay"), "find clay"),
+    ):
+        made = predict_with(local, given, options)
+        assert made.tags["crism.prompt"] == prompt
+        assert (made.scaled != plain.scaled).any()
+    # The seed of the configuration is the default; another one is other noise.
+    np.testing.assert_array_equal(predict_with(local, given, Options(seed=4)).scaled, plain.scaled)
+    other = predict_with(local, given, Options(seed=5))
+    assert (other.scaled != plain.scaled).any()
+    assert other.tags["crism.seed"] == "5"
 
 
 # --- the command
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["crism-mlops", "predict", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_command(
     checkpoint: Path, cassis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def run(*words: object) -> Ran:
+        return console(["predict", "--model", checkpoint, *words], monkeypatch, capsys)
+
     out = tmp_path / "out.tif"
-    assert command(monkeypatch, checkpoint, cassis, "-o", out, "--png") == 0
-    printed = capsys.readouterr().out
+    printed = run(cassis, "-o", out, "--png").out
     assert "R2529 (I/F)" in printed
     assert "in map projection" in printed
+    assert "no rule for carbonate" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png", "out.tif"]
     before = out.read_bytes()
-    assert command(monkeypatch, checkpoint, cassis, "-o", out) == 1
-    assert "--force" in capsys.readouterr().err
-    assert command(monkeypatch, checkpoint, cassis, "-o", out, "--force", "--device", "cpu") == 0
+    assert "--force" in run(cassis, "-o", out).error
+    assert run(cassis, "-o", out, "--force", "--device", "cpu").code == 0
     assert out.read_bytes() == before
     plain = altered(cassis, tmp_path / "plain.tif", lambda image: image[..., 1:], CASSIS_BANDS[1:])
-    assert command(monkeypatch, checkpoint, plain, "-o", tmp_path / "b.tif", "--bands", "pan, red,nir") == 0
-    assert "a plain TIFF" in capsys.readouterr().out
-    assert command(monkeypatch, tmp_path / "none", cassis, "-o", tmp_path / "c.tif") == 1
-    assert "checkpoint" in capsys.readouterr().err
+    assert "a plain TIFF" in run(plain, "-o", tmp_path / "b.tif", "--bands", "pan, red,nir").out
+    assert "no such folder" in run(cassis, "-o", tmp_path / "c.tif", "--model", tmp_path / "none").error
+    assert "one file for 2 inputs" in run(cassis, plain, "-o", tmp_path / "c.tif").error
+    assert "name a .tif file" in run(cassis, "-o", tmp_path / "c.jpg").error
+    assert "in a folder that exists" in run(cassis, plain, "-o", tmp_path / "no" / "folder").error
+    assert "a U-Net" in console(
+        ["predict", cassis, "-o", tmp_path / "c.tif", "--model", checkpoint, "--steps", 3, "--no-carbonate"],
+        monkeypatch, capsys,
+    ).error  # fmt: skip
+
+
+def test_many_inputs_go_on_and_one_bad_one_loses_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_simulation(Simulation(3, 40, 8), tmp_path / "in")
+    folders = observation_folders(root)
+    (bad,) = folders[1].glob("*_if*.img")
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:1000])
+
+    def run(*words: object) -> Ran:
+        return console(["predict", root, "-o", tmp_path / "out", "--model", checkpoint, *words], monkeypatch, capsys)
+
+    first = run(tmp_path / "none")
+    assert first.code == 1
+    assert "2 of 4 predicted, 2 failed" in first.out
+    assert f"failed: {tmp_path / 'none'}: " in first.err
+    assert f"failed: {folders[1]}" in first.err
+    assert "truncated" in first.err
+    assert "predicting: 3 of 3" in first.err
+    tifs = [tmp_path / "out" / f"{folder.name}.tif" for folder in folders]
+    assert sorted((tmp_path / "out").iterdir()) == [tifs[0], tifs[2]]
+    alone = predict_scene(checkpoint, folders[2])
+    with rasterio.open(tifs[2]) as written:
+        valid = alone.source.scene.valid
+        np.testing.assert_array_equal(np.moveaxis(written.read(), 0, -1)[valid], alone.answer.prediction[valid])
+    bad.write_bytes(whole)
+    times = [tif.stat().st_mtime_ns for tif in (tifs[0], tifs[2])]
+    second = run()
+    assert second.code == 0
+    assert "1 of 3 predicted, 2 were there (--force replaces them), 0 failed" in second.out
+    assert [tif.stat().st_mtime_ns for tif in (tifs[0], tifs[2])] == times
+    # What is asked for now and was not then is made; what is whole is left alone.
+    assert "3 of 3 predicted, 0 failed" in run("--png").out
+    tifs[2].with_suffix(".png").unlink()
+    assert "1 of 3 predicted, 2 were there" in run("--png").out
+    assert "0 of 3 predicted, 3 were there" in run("--png").out
+    assert tifs[2].with_suffix(".png").is_file()
+    # What other programs leave beside an image is no input; another image in its place is.
+    bad.with_name(f"{bad.name}.aux.xml").write_text("<PAMDataset/>")
+    assert "0 of 3 predicted, 3 were there" in run().out
+    os.utime(bad, (1, 1))
+    changed = run()
+    assert changed.code == 1
+    assert f"{tifs[1]}: is there, made by another model or with other options, or its input has changed" in changed.err
+    assert changed.err.count("is there") == 1
+    # Another model's predictions are neither kept in silence nor replaced.
+    other = run("--seed", 9)
+    assert other.code == 1
+    assert other.err.count("made by another model or with other options") == 3
+    assert "3 of 3 predicted, 0 failed" in run("--seed", 9, "--force").out
+
+
+def test_nothing_of_an_earlier_model_stays_beside_a_prediction(
+    tmp_path: Path, cassis: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = {"kind": "instruct_pix2pix", "pretrained": "tiny", "steps": 1}
+    first, second = save(tmp_path / "first", model=sampled, carbonate=RULE), save(tmp_path / "second", carbonate=RULE)
+    out = tmp_path / "out"
+
+    def run(checkpoint: Path, *words: object) -> Ran:
+        more = [cassis, "-o", out, "--model", checkpoint, *words]
+        return console(["predict", *more, "--device", "cpu"], monkeypatch, capsys)
+
+    assert run(first, "--png", "--draws", 2).code == 0
+    names = ["cassis-carbonate.tif", "cassis-deviation.tif", "cassis.png", "cassis.tif"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    # A mask that is gone is made again; what belongs to the very same prediction stays.
+    (out / "cassis-carbonate.tif").unlink()
+    assert "1 of 1 predicted" in run(first, "--draws", 2).out
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert "1 of 1 predicted" in run(second, "--no-carbonate", "--force").out
+    assert sorted(p.name for p in out.iterdir()) == ["cassis.tif"]
+    # Files of the user's own by such names are no part of a prediction.
+    (out / "cassis.png").write_bytes(b"mine")
+    shutil.copy(cassis, out / "cassis-carbonate.tif")
+    assert "1 of 1 predicted" in run(second, "--no-carbonate", "--force").out
+    assert (out / "cassis.png").read_bytes() == b"mine"
+    assert (out / "cassis-carbonate.tif").read_bytes() == cassis.read_bytes()
+    assert "another folder, or add --force" in run(second).err

@@ -56,6 +56,11 @@ def test_stretch_ends_at_the_percentiles_of_valid_pixels() -> None:
     np.testing.assert_allclose(shown[:, 1], np.broadcast_to(NO_DATA, (101, 3)), atol=1e-6)
 
 
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    write_quicklook(make_scene(observation_id="a$_$b", region="$^$"), tmp_path / "a.png")
+    assert imread(tmp_path / "a.png").shape[1] > 1000
+
+
 def test_stretch_of_nothing_and_of_one_value() -> None:
     image = np.full((3, 4, 3), 0.2, dtype=np.float32)
     assert np.isfinite(stretched(image, np.ones((3, 4), dtype=bool))).all()

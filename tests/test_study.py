@@ -513,7 +513,7 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
             assert math.isfinite(done.metrics[f"{prefix}/{name}"]), f"{prefix}/{name}"
     assert {"train/loss", "cost/train_seconds", "best_epoch"} <= set(done.metrics)
     files = {f.path for f in tracker.client.list_artifacts(done.run_id)}
-    assert {"config.json", "scores_by_scene.csv", "scores_by_scene.json", "panels"} <= files
+    assert {"config.json", "scores_by_scene.csv", "scores_by_scene.json", "panels", "stored"} <= files
 
     assert {"scores_by_scene.parquet", "strata.json", "validation_by_scene.json"} <= files
     for name in ("val_worst/rmse", "test_carbonate/rmse", "test_barren/pcc", "test_stretch_free/rmse", "test/psnr",
@@ -536,7 +536,7 @@ def test_real_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated_
 
     # One path from what was logged to the logged score.
     from crism_mlops.studies.score import evaluate
-    from crism_mlops.tracking import download_checkpoint
+    from crism_mlops.tracking_model import download_checkpoint
 
     folder = download_checkpoint(tracker.uri, f"models:/{done.tags['crism.model_id']}")
     result = evaluate("the trial", folder, sweep, simulated_scenes, "test_balanced", tracker)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 import requests
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos import databricks_pb2 as codes
+from mlflow.store.artifact import artifact_repository_registry as repositories
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from sqlalchemy import exc as sql
 from sqlalchemy import text
 from trackers import EXPERIMENT, new_tracker, tracking_store
@@ -21,6 +28,7 @@ from trackers import EXPERIMENT, new_tracker, tracking_store
 from crism_mlops.buffered import BufferedTracker
 from crism_mlops.errors import TrackingAwayError, TrackingError
 from crism_mlops.tracking import Tracker
+from crism_mlops.tracking_model import download_checkpoint
 from crism_mlops.tracking_store import is_away, pauses, reason, translated
 
 
@@ -107,6 +115,42 @@ def test_pauses_grow_to_half_a_minute() -> None:
     found = [pause for pause, _ in zip(pauses(), range(20), strict=False)]
     assert found[0] < 0.03
     assert 24.0 <= found[-1] <= 36.0
+
+
+class Remote(LocalArtifactRepository):
+    """far:///FOLDER is a folder, whose files MLflow downloads."""
+
+    def __init__(self, artifact_uri: str, *words: Any, **options: Any) -> None:
+        super().__init__(artifact_uri.replace("far:", "file:"), *words, **options)
+
+    def download_artifacts(self, artifact_path: str, dst_path: str | None = None) -> str:
+        return ArtifactRepository.download_artifacts(self, artifact_path, dst_path)
+
+
+@pytest.mark.parametrize("scheme", ["file", "far"])
+def test_a_remote_checkpoint_is_there_until_the_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    tracker = new_tracker(tmp_path / "mlruns")
+    place = tmp_path / "models"
+    experiment = tracker.client.create_experiment("models", f"{scheme}://{place}")
+    model = tracker.client.create_logged_model(experiment)
+    card = Path(urlsplit(model.artifact_location).path) / "artifacts" / "checkpoint" / "crism.json"
+    card.parent.mkdir(parents=True)
+    card.write_text("{}", encoding="utf-8")
+    tracker.client.finalize_logged_model(model.model_id, "READY")
+    monkeypatch.setitem(repositories._artifact_repository_registry._registry, "far", Remote)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "downloads"))
+    (tmp_path / "downloads").mkdir()
+    at_the_end: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", lambda call, *words, **how: at_the_end.append(partial(call, *words, **how)))
+    folder = download_checkpoint(tracker.uri, f"models:/{model.model_id}")
+    assert (folder / "crism.json").read_text(encoding="utf-8") == "{}"
+    assert folder.is_relative_to(place if scheme == "file" else tmp_path / "downloads")
+    for call in at_the_end:
+        call()
+    assert card.is_file()
+    assert not list((tmp_path / "downloads").iterdir())
 
 
 class Flaky:

@@ -455,3 +455,14 @@ def test_a_training_that_has_ended_does_not_go_on(tmp_path: Path, settings: dict
 def test_half_precision_needs_a_gpu() -> None:
     with pytest.raises(TrainingError, match="fp16 needs a GPU, this is cpu; use bf16 or no"):
         run(Recorder(), 4, TrainConfig(batch_size=2, epochs=1, mixed_precision="fp16"))
+
+
+def test_undefined_figures_do_not_cost_the_state(tmp_path: Path) -> None:
+    """A validation figure of a scene that has none is NaN in the history that goes with a state."""
+    folder = ResumeFolder(tmp_path, "one")
+    folder.save(7, {"a": torch.ones(2)}, {"history": [{"ssim": float("nan"), "psnr": float("inf")}]})
+    found = folder.load()
+    assert found is not None
+    assert found[1]["step"] == 7
+    assert math.isnan(found[1]["history"][0]["ssim"])
+    assert found[1]["history"][0]["psnr"] == math.inf

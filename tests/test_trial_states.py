@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -491,6 +491,18 @@ def test_a_cancellation_that_is_heard_after_a_pause(bench: Bench, others: Search
     summary = call.summary()
     assert (summary.complete, summary.cancelled) == (1, 1)
     assert [t.number for t in bench.study().trials if t.state == TrialState.COMPLETE] == [1]
+
+
+def test_repetitions_that_another_worker_queued_first(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    enqueue = Ledger.enqueue
+
+    def second(ledger: Ledger, study: str, entries: Sequence[Mapping[str, Any]]) -> int:
+        enqueue(ledger, study, entries)
+        return enqueue(ledger, study, entries)
+
+    monkeypatch.setattr(Ledger, "enqueue", second)
+    summary = Call(bench, small_sweep(trials=2, repeat={"best": 1, "seeds": 3})).summary()
+    assert (summary.complete, summary.repeats) == (2, 2)
 
 
 def test_repetitions_of_two_calls_at_once(bench: Bench) -> None:

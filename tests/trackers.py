@@ -20,12 +20,17 @@ from crism_mlops.scenes.scene import Scene
 from crism_mlops.tracking import Tracker
 
 EXPERIMENT = "crism-test"
-_FOLDER = tempfile.TemporaryDirectory(prefix="crism-stores-")
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Made when it is needed: processes that tests kill import this module too, and would leave theirs behind."""
+    return tempfile.TemporaryDirectory(prefix="crism-stores-")
 
 
 @cache
 def _mlflow_template() -> Path:
-    path = Path(_FOLDER.name) / "mlflow" / "mlflow.db"
+    path = Path(_folder().name) / "mlflow" / "mlflow.db"
     Tracker(f"sqlite:///{path}", "anything")
     return _whole(path)
 
@@ -34,7 +39,7 @@ def _mlflow_template() -> Path:
 def _optuna_template() -> Path:
     from crism_mlops.studies.storage import open_store
 
-    path = Path(_FOLDER.name) / "optuna.db"
+    path = Path(_folder().name) / "optuna.db"
     open_store(f"sqlite:///{path}")
     return _whole(path)
 

@@ -19,6 +19,7 @@ from crism_mlops.scenes.filters import load_filters
 from crism_mlops.scenes.labels import read_labels
 from crism_mlops.scenes.scene import Scene
 from crism_mlops.scenes.sources import load_scenes, scenes_root
+from crism_mlops.untrusted import parse_json
 
 if TYPE_CHECKING:
     from crism_mlops.products.ode import Observation
@@ -180,7 +181,7 @@ def _record(manifest: Manifest, samples: int, stored: Sequence[str]) -> DataSet:
 
     store.put(name, write)
     with store.reading(name) as path:
-        if (said := json.loads(path.read_text(encoding="utf-8"))["digest"]) != manifest.digest:
+        if (said := parse_json(path.read_bytes())["digest"]) != manifest.digest:
             raise ValueError(f"it is the record of data set {said}")
     size = sum(store.path(one).stat().st_size for one in stored)
     return DataSet(manifest.digest, name, data.variant, data.normalization, samples, size)

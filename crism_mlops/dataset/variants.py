@@ -38,6 +38,7 @@ PHYSICAL_RANGE: dict[str, tuple[float, float]] = {
 Ranges = Mapping[str, tuple[float, float]]
 # Pixels that percentiles of principal components are taken from: of one scene, and of all.
 _SAMPLE, _SAMPLES = 4096, 1 << 20
+_BLOCK = 1 << 20  # pixels that are scaled at once
 
 
 def cassis_can_give(variant: Variant) -> bool:
@@ -254,6 +255,12 @@ def _scaled(
 ) -> NDArray[np.float32]:
     # A constant channel has no range; it becomes 0 and not NaN.
     span = np.where(high > low, high - low, np.inf)
-    with np.errstate(over="ignore"):
-        image = np.clip((values - low) / span, 0.0, 1.0)
-    return np.where(valid[..., None], image, 0.0).astype(np.float32)
+    image = np.zeros(values.shape, dtype=np.float32)
+    # Some rows at a time: they are in double precision.
+    step = max(1, _BLOCK // values.shape[1])
+    for start in range(0, len(values), step):
+        rows = slice(start, start + step)
+        with np.errstate(over="ignore"):
+            block = np.clip((values[rows] - low) / span, 0.0, 1.0)
+        np.copyto(image[rows], block, where=valid[rows][..., None], casting="same_kind")
+    return image

@@ -50,10 +50,14 @@ class Predicted:
     halves: Sequence[NDArray[np.float32]] | None = None
 
 
-def noise_seed(seed: int, observation_id: str, draw: int = 0) -> int:
-    """The scene's own noise seed of a draw, the same for all trials: 0 .. 2^31 - 1."""
-    text = f"{seed}/{observation_id}" + (f"/{draw}" if draw else "")
-    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+def noise_seed(seed: int, observation_id: str) -> int:
+    """The scene's own noise seed, the same for all trials: 0 .. 2^31 - 1."""
+    return int.from_bytes(blake2b(f"{seed}/{observation_id}".encode(), digest_size=4).digest(), "big") >> 1
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of one of several draws from that of the first: whoever knows that one can repeat all of them."""
+    return seed if draw == 0 else noise_seed(seed, f"draw {draw}")
 
 
 def predict_images(
@@ -108,7 +112,7 @@ def predict_pairs(
                 model,
                 [p.image for p in part],
                 words,
-                [noise_seed(config.seed, p.scene.observation_id, draw) for p in part],
+                [draw_seed(noise_seed(config.seed, p.scene.observation_id), draw) for p in part],
                 resolution,
                 config.chunk,
             )

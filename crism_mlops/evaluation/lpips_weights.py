@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from crism_mlops.errors import EvaluationError
+from crism_mlops.errors import EvaluationError, UntrustedError
+from crism_mlops.untrusted import tensor_shapes
 
 if TYPE_CHECKING:
     import lpips
@@ -113,8 +114,9 @@ def _read_safetensors(path: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     try:
+        tensor_shapes(path)
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (UntrustedError, OSError, SafetensorError) as error:
         raise EvaluationError(
             f"{ENVIRONMENT_VARIABLE}={path} cannot be read ({_first_line(error)}): expected a safetensors "
             "file with torchvision's features.*; correct the path or unset the variable"

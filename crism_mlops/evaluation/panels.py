@@ -90,7 +90,7 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
         if case is cases[0]:
             for name, axis in row.items():
                 figure.text(axis.get_position().x0 + _WIDTH / width / 2, 1 - 0.66 / height, name, ha="center", size=11)
-        figure.text(0.1 / width, (top + tall / 2) / height, _row_label(case), va="center", size=9)
+        figure.text(0.1 / width, (top + tall / 2) / height, _row_label(case), va="center", size=9, parse_math=False)
         bars |= _fill(row, case, found, shown)
         top -= below
     for name, image in bars.items():
@@ -101,7 +101,7 @@ def panel(cases: Sequence[Case], title: str) -> Figure:
         bar.tick_params(labelsize=9)
     reduced = any(max(case.pair.scene.valid.shape) > shown for case in cases)
     _legend(figure, cases, classes, reduced)
-    figure.suptitle(title, y=1 - 0.12 / height, va="top", size=12)
+    figure.suptitle(title, y=1 - 0.12 / height, va="top", size=12, parse_math=False)
     return figure
 
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from crism_mlops.config import EngineConfig, digest_of
 from crism_mlops.dataset.samples import Sample, blocks_of
 from crism_mlops.dataset.variants import VARIANT_BANDS
-from crism_mlops.errors import ModelError
+from crism_mlops.errors import ModelError, UntrustedError
 from crism_mlops.models.checkpoint import file_digest, write_whole
 from crism_mlops.models.instruct_pix2pix import ENCODE_PIXELS
 from crism_mlops.models.latents import encode_distribution
 from crism_mlops.models.rows import Rows, Tensors
+from crism_mlops.untrusted import check_name, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -204,13 +205,13 @@ def read_card(folder: Path) -> AutoencoderCard | None:
     if not place.is_file():
         return None
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = read_json(place)
         if content.pop("format") != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
         content["seen"] = {str(part): tuple(map(str, ids)) for part, ids in content["seen"].items()}
         card = AutoencoderCard(**{**content, "history": tuple(content["history"])})
-        files = {str(name): str(digest) for name, digest in card.files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {check_name(name, place): str(digest) for name, digest in card.files.items()}
+    except (UntrustedError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{place}: damaged or of another version ({' '.join(str(error).split())[:160]})") from error
     for name, digest in files.items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:

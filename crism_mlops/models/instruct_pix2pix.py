@@ -7,7 +7,8 @@ the scaling factor, as the published model was trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from crism_mlops.models.parts import load_autoencoder, load_parts, pipeline, res
 from crism_mlops.models.residual import LinearResidual
 from crism_mlops.models.rows import Rows, Tensors
 from crism_mlops.models.sampling import sampling_scheduler
+from crism_mlops.models.vetting import check_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,9 @@ class InstructPix2Pix:
     `parts` may hold an `input_vae` beside the vae: the autoencoder of inputs that have not three channels.
     With `residual` the target is what the linear floor leaves.
     """
+
+    # Called before each denoising step; what it raises ends a prediction.
+    before_step: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -301,6 +306,8 @@ class InstructPix2Pix:
             noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
             latents = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
+                if self.before_step is not None:
+                    self.before_step()
                 scaled = scheduler.scale_model_input(latents, t)
                 guided = torch.zeros_like(latents)
                 for factor, image, words in passes:
@@ -311,6 +318,13 @@ class InstructPix2Pix:
             decoded = self.vae.decode(latents / self.vae.config.scaling_factor).sample
             decoded = decoded.clamp(-1.0, 1.0).float().cpu()
             return decoded if self.residual is None else self.residual.decode(images, decoded)
+
+    def sampled(self, steps: int, image_guidance: float, text_guidance: float) -> InstructPix2Pix:
+        """The same model, weights shared, that samples otherwise."""
+        asked = {"steps": steps, "image_guidance": image_guidance, "text_guidance": text_guidance}
+        other = copy(self)
+        other.config = self.config.model_copy(update=asked)
+        return other
 
     def round_trip(self, targets: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
         """The autoencoder's reconstruction of targets N x 3 x R x R in [-1, 1]: the ceiling.
@@ -394,4 +408,6 @@ def load(
     """A model from a checkpoint's pipeline folder."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give the folder of a saved pipeline")
-    return InstructPix2Pix(load_parts(str(folder)), config, device, residual)
+    # A checkpoint is whole: it says itself what it is, wherever its training started from.
+    check_pipeline(folder, whole=True)
+    return InstructPix2Pix(load_parts(str(folder), checked=True), config, device, residual)

@@ -7,9 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from crism_mlops.config import InstructPix2PixModel, ScratchUNet
-from crism_mlops.errors import ModelError
+from crism_mlops.errors import ModelError, UntrustedError
+from crism_mlops.models.vetting import CLASSES, check_links, check_module, check_published
+from crism_mlops.untrusted import read_json
 
 TINY = "tiny"
+# Of a pipeline on the hub: the parts in single files or in several, and nothing that could be unpickled.
+_FILES = [
+    "model_index.json", "scheduler/scheduler_config.json", "tokenizer/*.json", "tokenizer/merges.txt",
+    *(f"{part}/config.json" for part in ("unet", "vae", "input_vae", "text_encoder")),
+    *(
+        f"{part}/{stem}{rest}"
+        for part, stem in (
+            ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+            ("input_vae", "diffusion_pytorch_model"), ("text_encoder", "model"),
+        )
+        for rest in (".safetensors", ".safetensors.index.json", "-*-of-*.safetensors")
+    ),
+]  # fmt: skip
 GROUPS = 16  # of channels, in the group normalisation of a U-Net made here
 
 
@@ -73,20 +88,32 @@ def pretrained_folder(source: str) -> Path | None:
     return None
 
 
-def load_parts(source: str) -> dict[str, Any]:
+def load_parts(source: str, checked: bool = False) -> dict[str, Any]:
+    """The parts of a folder's pipeline or the hub's, in single precision. `checked`: `check_pipeline` has been called.
+
+    Raises UntrustedError for files that may not be loaded, ModelError for what cannot be loaded.
+    """
     import torch
 
     folder = pretrained_folder(source)
     local = folder is not None
     try:
-        loaded = _pipeline_class(folder is not None and (folder / "input_vae").is_dir()).from_pretrained(
-            source if folder is None else str(folder),
+        # What was checked is what is loaded: a hub's pipeline is fetched first, then it is a folder like others.
+        place = _fetched(source) if folder is None else folder
+        if not checked:
+            check_published(place)
+        loaded = _pipeline_class((place / "input_vae").is_dir()).from_pretrained(
+            str(place),
             dtype=torch.float32,
             use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
+    except UntrustedError:
+        raise
     except Exception as error:
         # The hub's client and six libraries' readers raise a dozen kinds of error here.
         reason = " ".join(str(error).split())[:160]
@@ -122,19 +149,30 @@ def load_parts(source: str) -> dict[str, Any]:
     }
 
 
+def _fetched(source: str) -> Path:
+    """The folder of a hub's pipeline in the cache: safetensors, JSON and the tokenizer's text, nothing else."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=_FILES))
+
+
 def load_autoencoder(key: str, place: str, channels: int) -> Any:
     """An autoencoder in diffusers layout that model.KEY names."""
-    import json
-
     import diffusers
     from safetensors import SafetensorError
 
     folder = Path(place).expanduser()
     try:
-        kind = json.loads((folder / "config.json").read_text())["_class_name"]
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        check_links(folder)
+        kind = read_json(folder / "config.json")["_class_name"]
+        if kind not in CLASSES["vae"]:
             raise ModelError(f"model.{key}: {folder} holds a {kind}; expected AutoencoderKL or AutoencoderTiny")
-        loaded = getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True).float()
+        check_module(folder, "vae")
+        loaded = (
+            getattr(diffusers, kind).from_pretrained(str(folder), use_safetensors=True, local_files_only=True).float()
+        )
+    except UntrustedError as error:
+        raise ModelError(f"model.{key}: {folder} is not an autoencoder in diffusers layout ({error})") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.{key}: {folder} is not an autoencoder in diffusers layout ({' '.join(str(error).split())[:120]})"

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crism_mlops.errors import TrainingError, UnwrittenError, one_line
+from crism_mlops.errors import TrainingError, UntrustedError, UnwrittenError, one_line
 from crism_mlops.models.checkpoint import sync
 from crism_mlops.models.rows import Tensors
+from crism_mlops.untrusted import check_folder, read_json, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -96,20 +97,23 @@ class ResumeFolder:
 
         for place in reversed(self._states()):
             try:
-                content: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                names = check_folder(place)
+                # The study's own file, with validation figures that may be undefined.
+                content = read_json(place / "state.json", constants=True)
                 if content["format"] != FORMAT or content["identity"] != self.identity:
                     log.warning("%s: of other settings or data, not resumed; training starts anew", place)
                     continue
-                if strangers := [p for p in place.iterdir() if p.suffix not in (".safetensors", ".json")]:
+                if strangers := [name for name in names if not name.endswith((".safetensors", ".json"))]:
                     raise TrainingError(
-                        f"{strangers[0]}: refused; a state holds safetensors and JSON files only: remove this file, or "
-                        f"{self.folder} to start anew"
+                        f"{place / strangers[0]}: refused; a state holds safetensors and JSON files only: remove this "
+                        f"file, or {self.folder} to start anew"
                     )
                 tensors: Tensors = {}
                 for file in sorted(place.glob("*.safetensors")):
+                    tensor_shapes(file)
                     tensors |= load_file(str(file))
                 return tensors, content
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (UntrustedError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning("%s: damaged (%s), not resumed", place, one_line(error))
         return None
 

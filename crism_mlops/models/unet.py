@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crism_mlops.config import EngineConfig, UNetModel
 from crism_mlops.dataset.samples import Sample, blocks_of
-from crism_mlops.errors import ModelError
+from crism_mlops.errors import ModelError, UntrustedError, one_line
 from crism_mlops.models.latents import LatentCache
 from crism_mlops.models.residual import LinearResidual
 from crism_mlops.models.rows import Rows, Tensors
+from crism_mlops.untrusted import read_json, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Beyond this error (in units of [-1, 1]) Huber's loss grows as the error does, below as its square.
 HUBER_DELTA = 0.1
+_MAX_CHANNELS = 64  # of a saved model's input
 
 
 class UNet:
@@ -147,16 +149,56 @@ def build(
 
 def load(folder: Path, config: UNetModel, device: str = "cpu", residual: LinearResidual | None = None) -> UNet:
     """A model from a checkpoint folder."""
-    import segmentation_models_pytorch as smp
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     # By hand: smp.from_pretrained prints to standard output, and downloads the ImageNet weights that
     # training started from before it replaces them.
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        module = getattr(smp, content.pop("_model_class"))(**{**content, "encoder_weights": None})
+        content = read_json(folder / "config.json")
+        shapes = tensor_shapes(folder / "model.safetensors")
+        module = _described(config, content, shapes)
         module.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: not a saved U-Net ({' '.join(str(error).split())[:120]})") from error
+    except (
+        UntrustedError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
+    ) as error:  # fmt: skip
+        raise ModelError(f"{folder}: not a saved U-Net ({one_line(error)})") from error
     return UNet(module, config, device, residual)
+
+
+def _described(config: UNetModel, content: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
+    """The module of a checkpoint, made of its card; its config.json only says how many channels it takes.
+
+    Raises ValueError where the two differ, the names are no library's own (timm takes addresses of a hub and
+    folders as well), or the weights are those of a smaller model than would be made.
+    """
+    import segmentation_models_pytorch as smp
+    import torch
+
+    known = {kind.__name__.lower(): kind.__name__ for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    architecture = known.get(config.architecture.lower())
+    if architecture is None or content.get("_model_class") != architecture:
+        raise ValueError(f"its class is {str(content.get('_model_class'))[:80]!r}, its card says {architecture}")
+    if content.get("encoder_name") != config.encoder or not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", config.encoder):
+        raise ValueError(f"its encoder is {str(content.get('encoder_name'))[:80]!r}, its card says {config.encoder!r}")
+    channels = content.get("in_channels")
+    if type(channels) is not int or not 1 <= channels <= _MAX_CHANNELS:
+        raise ValueError(f"it takes {str(channels)[:40]} channels; expected 1 to {_MAX_CHANNELS}")
+
+    def made() -> Any:
+        return smp.create_model(
+            architecture, encoder_name=config.encoder, encoder_weights=None, in_channels=channels, classes=3
+        )
+
+    try:
+        with torch.device("meta"):
+            found = {name: tuple(tensor.shape) for name, tensor in made().state_dict().items()}
+    except RuntimeError as error:
+        # Some encoders compute with numbers while they are made: those are compared once they are there.
+        if "meta" not in str(error):
+            raise
+        return made()
+    if found != shapes:
+        differ = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
+        raise ValueError(f"its weights are of another model: {len(differ)} differ, the first {differ[0][:80]}")
+    return made()

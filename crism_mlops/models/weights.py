@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from crism_mlops.config import InstructPix2PixModel, UNetModel
 from crism_mlops.errors import ModelError
 from crism_mlops.models.parts import TINY, pretrained_folder, tiny_folder
+from crism_mlops.untrusted import check_name, read_json
 
 # The parts of a pipeline folder that hold weights, and how the libraries call the files.
 _STEMS = {
@@ -158,7 +158,7 @@ def _missing(locate: Locate, part: str, stem: str) -> list[str]:
     if index is None:
         return [*missing, f"{prefix}{stem}.safetensors"]
     files = _json(index).get("weight_map")
-    names = sorted({str(name) for name in files.values()}) if isinstance(files, dict) else []
+    names = sorted({check_name(name, index) for name in files.values()}) if isinstance(files, dict) else []
     return missing + [f"{prefix}{name}" for name in names if not locate(f"{prefix}{name}")]
 
 
@@ -191,10 +191,4 @@ def _in_cache(repository: str, revision: str | None = None) -> Locate:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected keys, found {type(content).__name__}")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); write or download it again") from error
-    return content
+    return read_json(path)

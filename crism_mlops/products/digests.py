@@ -10,16 +10,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, file_digest, sha256
 from pathlib import Path
-from typing import Any
 
 from crism_mlops.errors import ProductError, StoreError
 from crism_mlops.products.mtrdr import parse_name
 from crism_mlops.products.observations import RECEIPT, open_observation
+from crism_mlops.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 _SUFFIXES = (".img", ".hdr", ".lbl", ".txt")
 # What reading a JSON file that does not hold what it should may raise.
-_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def _memory(folder: Path, files: Sequence[Path], memory: Path) -> Path:
 
 
 def _read(path: Path) -> Digests:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_bytes())
     return Digests(str(content["observation_id"]), {str(k): str(v) for k, v in content["products"].items()})
 
 

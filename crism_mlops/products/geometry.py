@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def grid(product: Product) -> Grid | None:
         raise ProductError(f"{product.path}: its map info gives no place on Mars")
     if any(_rotated(field) for field in info[7:]):
         raise ProductError(f"{product.path}: its map info is rotated; expected north up, as the archive's products are")
-    wkt = _own_wkt(product) or _named_wkt(product, info[0])
+    wkt = _own_wkt(product) or named_wkt(product.path, info[0])
     if wkt is None:
         return None
     return Grid(wkt, (dx, 0.0, x0 - (column - 1.0) * dx, 0.0, -dy, y0 + (row - 1.0) * dy))
@@ -132,17 +133,18 @@ def _own_wkt(product: Product) -> str | None:
     return product.projection_wkt
 
 
-def _named_wkt(product: Product, name: str) -> str | None:
-    """The coordinate system of "MRO Mars Equirectangular [IAU 2000] [-20.00N; 0.00E]" as text."""
+def named_wkt(path: Path, name: str) -> str | None:
+    """The coordinate system of "MRO Mars Equirectangular [IAU 2000] [-20.00N; 0.00E]" as text; None for a
+    projection of another kind. Raises ProductError, which names `path`, where its figures are unusable."""
     if "equirectangular" not in name.lower():
         return None
     place = re.search(r"\[(-?[\d.]+)N;\s*(-?[\d.]+)E\]", name)
     try:
         parallel, meridian = (float(place[1]), float(place[2])) if place else (0.0, 0.0)
     except ValueError as error:
-        raise ProductError(f"{product.path}: unusable map info ({' '.join(str(error).split())})") from error
+        raise ProductError(f"{path}: unusable map info ({' '.join(str(error).split())})") from error
     if not (abs(parallel) < 90.0 and abs(meridian) <= 360.0):
-        raise ProductError(f"{product.path}: its map info gives no place on Mars")
+        raise ProductError(f"{path}: its map info gives no place on Mars")
     return equirectangular_wkt(parallel, meridian, _radius_m(parallel))
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from crism_mlops.errors import ProductError
 from crism_mlops.products.mtrdr import open_product
 from crism_mlops.products.service import ArchiveError, Patience, Service, TryAgainError, body, opened
+from crism_mlops.untrusted import parse_json
 
 if TYPE_CHECKING:
     import requests
@@ -183,11 +184,11 @@ class Record:
         self._path = folder / RECORD
         self._entries: dict[str, Entry] = {}
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = parse_json(self._path.read_bytes())
             self._entries = {str(name): Entry(**fields) for name, fields in content.items()}
         except FileNotFoundError:
             pass
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError):
             # Without it, parts are begun anew and files compared with the server's.
             log.warning("%s: damaged; files are compared with the archive's", self._path)
 

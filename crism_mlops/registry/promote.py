@@ -1,177 +1,312 @@
-"""decide() is pure; then register and move the alias."""
+"""Promotion: a candidate, the evidence, a decision, and only then a version and its alias."""
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from crism_mlops.config import Variant, error_sign
-from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
-from crism_mlops.errors import PromotionError, TrackingError, one_line
-from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, Tracker, contenders, translated
+from crism_mlops.config import PromotionConfig
+from crism_mlops.errors import CrismError, PromotionError, TrackingAwayError, one_line
+from crism_mlops.evaluation.metrics import METRICS
+from crism_mlops.registry.candidates import NAMES, Candidate, best, named
+from crism_mlops.registry.card import FOLDER, write_card
+from crism_mlops.registry.evidence import gather
+from crism_mlops.registry.gates import Decision, Evidence, decide, plain, stopped_before
+from crism_mlops.registry.moves import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Attempt,
+    Move,
+    attempts,
+    begin_attempt,
+    check_holder,
+    discard,
+    end_attempt,
+    history,
+    move,
+    now,
+    numbered,
+    who,
+)
+from crism_mlops.registry.verify import PREDICTIONS, verify
+from crism_mlops.reports.record import StudyRecord, read_json, read_study, study_names
+from crism_mlops.tracking import RunInfo, Tracker, flat_json
+from crism_mlops.tracking_registry import Registry, Version
 
-log = logging.getLogger(__name__)
-MODEL_NAME = "crism-instruct-pix2pix"
-CHAMPION = "champion"
-# Params of a study's run that must be alike where trials of several studies are compared.
-_GROUNDS = ("objective", "scenes_digest", "data.target", "data.target_normalization")
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What promotion would do: the candidate and its objective on validation scenes, the present
-    champion's run, whether anything changes, and why."""
-
-    candidate: RunInfo
-    objective: str
-    value: float
-    champion_run_id: str | None
-    accepted: bool
-    reason: str
-
-
-def model_name(variant: str) -> str:
-    """The registered name: variants that CaSSIS cannot give are laboratory models with their own."""
-    return MODEL_NAME if cassis_can_give(_variant(variant)) else f"{MODEL_NAME}-{variant}"
-
-
-def decide(
-    runs: Sequence[RunInfo], studies: Sequence[RunInfo], champion_run_id: str | None, variant: str | None
-) -> Decision:
-    """The best finished InstructPix2Pix trial by its study's objective on validation scenes.
-
-    `runs` are all runs of the experiment (or of one study), `studies` the parent runs. Without
-    `variant` only variants that four CaSSIS bands can give are looked at.
-    Raises PromotionError where there is no candidate, or where candidates' figures cannot be
-    compared (studies on other data, on another scale, or with another objective).
-    """
-    parents = {s.tags.get("crism.study"): s for s in studies}
-    finished = [
-        r
-        for r in runs
-        if r.kind == "trial" and r.status == "FINISHED" and r.tags.get("crism.model") == "instruct_pix2pix"
-        and REPEAT_OF not in r.tags and "crism.model_id" in r.tags and math.isfinite(r.ranking)
-    ]  # fmt: skip
-    wanted = [r for r in finished if _wanted(r.tags.get("crism.variant", ""), variant)]
-    feasible = [r for r in wanted if INFEASIBLE not in r.tags]
-    if wanted and not feasible:
-        raise PromotionError(
-            f"every one of {len(wanted)} finished trials breaks a constraint of its study ({wanted[0].name}: "
-            f"{wanted[0].tags[INFEASIBLE]}); run more trials, or loosen the constraints in another study"
-        )
-    wanted = feasible
-    if not wanted:
-        kinds = ", ".join(sorted({r.tags.get("crism.variant", "?") for r in finished})) or "none"
-        asked = f"variant {variant}" if variant else "a variant that four CaSSIS bands can give"
-        raise PromotionError(
-            f"no finished InstructPix2Pix trial with {asked} (finished variants: {kinds}); run a sweep such as "
-            "crism-mlops sweep sweeps/ip2p.yaml, or name another --variant"
-        )
-    used = sorted({r.tags.get("crism.study", "") for r in wanted})
-    orphans = [name for name in used if name not in parents]
-    if orphans:
-        raise PromotionError(
-            f"study {orphans[0]} has trials but no run of its own in MLflow, so nobody can say what they were chosen "
-            "by; restore its deleted run, or name another study: crism-mlops promote STUDY"
-        )
-    grounds = {tuple(parents[name].params.get(key) for key in _GROUNDS) for name in used}
-    if len(grounds) > 1:
-        differ = [key for key, values in zip(_GROUNDS, zip(*grounds, strict=True), strict=True) if len(set(values)) > 1]
-        raise PromotionError(
-            f"studies {', '.join(used)} differ in {', '.join(differ)}, so their figures cannot be compared; name one: "
-            "crism-mlops promote STUDY"
-        )
-    objective = parents[used[0]].params.get("objective", "val/rmse")
-    # Where the best were repeated with other seeds, these alone, by their mean.
-    best = min(contenders(wanted), key=lambda r: error_sign(objective) * r.ranking)
-    value = best.ranking
-    if champion_run_id == best.run_id:
-        return Decision(best, objective, value, champion_run_id, False, "it is the champion already: no change")
-    return Decision(
-        best, objective, value, champion_run_id, True, f"best {objective} of {len(wanted)} finished trials: {value:.4g}"
-    )
+Say = Callable[[str], None]
+Outcome = Literal["promoted", "unchanged", "refused", "accepted"]
+OVERRIDE = "crism.override"
+# Of a version: figures that people look for in the registry, with the ends of their intervals.
+_SCORES = ("val", "test", "thesis", "test_full", "test_worst")
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """What was done: the decision, the registered name and version."""
+    """What was done. outcome: promoted; unchanged (it holds the alias already); refused; accepted (a dry run would have
+    promoted). decision is None where nothing had to be decided, version where there is none."""
 
-    decision: Decision
+    outcome: Outcome
     name: str
-    version: str
+    alias: str
+    candidate: Candidate
+    decision: Decision | None
+    version: str | None
+    reason: str
+    move: Move | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether an alias moved."""
+        return self.outcome == "promoted"
 
 
-def promote(tracker: Tracker, study: str | None = None, variant: str | None = None) -> Promotion:
-    """Register the best model and move the alias `champion`, as the last step; safe to repeat."""
-    runs = tracker.find(crism_study=study) if study else tracker.find()
-    if study and not runs:
-        known = sorted({r.tags["crism.study"] for r in tracker.find(crism_kind="study")})
+def promote(
+    tracker: Tracker, what: str | None = None, *, variant: str | None = None, alias: str = CHAMPION,
+    dry_run: bool = False, override: str | None = None, policy: PromotionConfig | None = None,
+    say: Say = lambda words: None,
+) -> Promotion:  # fmt: skip
+    """Judge a candidate by the gates, register it, and move the alias as the last step; safe to repeat.
+
+    what: a study (its best trial), a trial's name or id, or None: the experiment's best InstructPix2Pix trial. policy:
+    the gates; None takes those of the candidate's study file. override: why it gets the alias though a gate refuses.
+    A refused candidate changes nothing, but that its attempt on the test set is on record.
+    Raises PromotionError where there is no candidate, or where somebody else was faster.
+    """
+    if alias not in (CHAMPION, CHALLENGER):
+        raise PromotionError(f"--alias {alias}: expected {CHAMPION} or {CHALLENGER}; {PREVIOUS} is rollback's")
+    if override is not None and not override.strip():
+        raise PromotionError('--override: say why, e.g. --override "new test set, agreed with the team"')
+    runs = tracker.find()
+    candidate = find_candidate(tracker, runs, what, variant)
+    registry, name = Registry(tracker), candidate.name
+    holder, champion = registry.by_alias(name, alias), registry.by_alias(name, CHAMPION)
+    for held, known in ((alias, holder), (CHAMPION, champion)):
+        if known is not None and known.run_id == candidate.run.run_id:
+            reason = f"it is the {held} already: no change"
+            done = Promotion("unchanged", name, alias, candidate, None, known.number, reason)
+            if not dry_run:
+                _complete_record(tracker, registry, done)
+            return done
+    record = read_study(tracker, candidate.study, None)
+    if policy is None:
+        if record.sweep is None:
+            raise PromotionError(
+                f"study {candidate.study}: its file, which says what is asked of its model, cannot be read "
+                f"({record.without_file}); name the gates with --policy FILE"
+            )
+        policy = record.sweep.promotion
+    evidence = gather(tracker, candidate, record, champion, 1, say)
+    attempt = None
+    if champion is not None and policy.gates.champion != "off" and _asks(evidence, policy, alias):
+        attempt = _attempt(registry, name, candidate, champion, evidence.test_digest, policy, dry_run, say)
+        evidence = replace(evidence, attempt=attempt.number)
+    decision = decide(evidence, policy, alias)
+    outcome: Outcome = "accepted" if decision.accepted or override is not None else "refused"
+    if attempt is not None and not dry_run:
+        end_attempt(registry, name, replace(attempt, outcome=_outcome(decision, override)))
+    done = Promotion(outcome, name, alias, candidate, decision, None, decision.reason)
+    if dry_run or outcome == "refused":
+        return done
+    return _carry_out(
+        tracker, done, evidence, record, policy, "" if holder is None else holder.number, override, say
+    )  # fmt: skip
+
+
+def _carry_out(
+    tracker: Tracker, done: Promotion, evidence: Evidence, record: StudyRecord, policy: PromotionConfig, before: str,
+    override: str | None, say: Say,
+) -> Promotion:  # fmt: skip
+    """Register what was accepted, see that it is the same in the registry, describe it, and move the alias; `before`
+    held it when this began. What keeps the alias from moving leaves no new version, and on an older one its tags."""
+    candidate, decision, registry, alias = done.candidate, done.decision, Registry(tracker), done.alias
+    assert decision is not None  # Only what was judged is accepted.
+    version, fresh = _version(registry, candidate)
+    say(f"registered as {version.uri}")
+    try:
+        if registry.aliases(done.name).get(alias) != version.number:
+            check_holder(registry, done.name, alias, before)
+        wrong = _unlike(tracker, version, policy, say)
+        if wrong and override is None:
+            if fresh:
+                discard(registry, version)
+            return replace(done, outcome="refused", reason=f"{version.uri}, once registered: {wrong}")
+        if decision.accepted and not wrong:
+            override = None  # Nothing had to be overridden.
+        found = "; ".join(filter(None, ("" if decision.accepted else decision.reason, wrong)))
+        reason = decision.reason if override is None else f"override: {override.strip()} (the gates: {found})"
+        done = replace(done, version=version.number, reason=reason)
+        _describe(tracker, registry, version, done, evidence, record, override)
+        file = f"promotion/{now().replace(':', '')}-{alias}.json"
+        tracker.text(candidate.run.run_id, flat_json(document(done, evidence, policy, override)), file)
+        made = move(
+            registry, version, alias, before, "promotion" if override is None else "override", reason,
+            {g.name: f"{g.verdict}: {g.figure}" for g in decision.gates}, file, say,
+        )  # fmt: skip
+    except CrismError as error:
+        if fresh:
+            discard(registry, version)
+        else:
+            _restore(registry, version, alias)
+        if isinstance(error, PromotionError | TrackingAwayError):
+            raise
         raise PromotionError(
-            f"no study {study!r} in experiment {tracker.experiment!r}; it holds {', '.join(known) or 'none'}"
-        )
+            f"{version.uri} cannot stand in the registry ({one_line(error)}); nothing moved"
+        ) from error
+    if made is None:
+        return replace(done, outcome="unchanged", reason=f"somebody else has made it {alias} meanwhile: no change")
+    done = replace(done, outcome="promoted", move=made)
+    tracker.text(candidate.run.run_id, flat_json(document(done, evidence, policy, override)), file)
+    return done
+
+
+def find_candidate(tracker: Tracker, runs: Sequence[RunInfo], what: str | None, variant: str | None) -> Candidate:
+    """The trial that is meant; see `promote`. Raises PromotionError naming what there is."""
     studies = [r for r in runs if r.kind == "study"]
-    name = MODEL_NAME if variant is None else model_name(variant)
-    champion = _champion(tracker, name)
-    decision = decide(runs, studies, champion[0] if champion else None, variant)
-    if not decision.accepted:
-        assert champion is not None
-        return Promotion(decision, name, champion[1])
-    version = _version_of(tracker, name, decision)
-    with translated(tracker.uri):
-        tracker.client.set_registered_model_alias(name, CHAMPION, version)
-    return Promotion(decision, name, version)
+    if what is None:
+        return best(runs, studies, variant)
+    known = study_names(tracker)
+    if what in known:
+        return best([r for r in runs if r.tags.get("crism.study") == what], studies, variant, tuple(NAMES))
+    found = [r for r in runs if what in (r.run_id, r.name)]
+    if variant is not None and found:
+        raise PromotionError(f"--variant chooses among a study's trials; {what} is one run: leave it out")
+    if len(found) > 1:
+        ids = ", ".join(r.run_id for r in found[:4])
+        raise PromotionError(f"{what!r} is the name of {len(found)} runs; give an id: {ids}")
+    if not found:
+        raise PromotionError(
+            f"no study or run {what!r} in experiment {tracker.experiment!r}; it holds {', '.join(known) or 'none'}"
+        )
+    return named(found[0], runs)
 
 
-def _version_of(tracker: Tracker, name: str, decision: Decision) -> str:
-    """The version registered for this run, made if there is none."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
+def _asks(evidence: Evidence, policy: PromotionConfig, alias: str) -> bool:
+    """Whether the test set is asked about candidate and champion: no gate stops it before, and they can be compared."""
+    champion = evidence.champion
+    compared = champion is not None and champion.against.of(evidence.metric) is not None
+    return compared and not stopped_before(evidence, policy, alias)
 
-    run = decision.candidate
-    with translated(tracker.uri):
-        known = tracker.client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
-    if known:
-        return str(known[0].version)
-    tags: dict[str, Any] = {
-        "crism.run_id": run.run_id,
-        "crism.study": run.tags.get("crism.study", ""),
+
+def _attempt(
+    registry: Registry, name: str, candidate: Candidate, champion: Version, digest: str, policy: PromotionConfig,
+    dry_run: bool, say: Say,
+) -> Attempt:  # fmt: skip
+    """The attempt that holding the candidate against the champion is, on record before its result is told; a dry run
+    leaves none."""
+    asked = Attempt(0, now(), who(), digest, candidate.run.run_id, champion.run_id, 0.0)
+    if dry_run:
+        return numbered(attempts(registry, digest), asked, policy.level_at)
+    return begin_attempt(registry, name, asked, policy.level_at, say)
+
+
+def _outcome(decision: Decision, override: str | None) -> str:
+    if decision.accepted:
+        return "accepted"
+    return "refused" if override is None else "overridden"
+
+
+def _version(registry: Registry, candidate: Candidate) -> tuple[Version, bool]:
+    """The version of the candidate's model, made where there is none yet; whether it was not there before."""
+    run, name = candidate.run, candidate.name
+    fresh = not any(v.run_id == run.run_id for v in registry.versions(name))
+    own = {"crism.run_id": run.run_id, "crism.model_id": run.tags["crism.model_id"]}
+    return registry.register(run.tags["crism.model_id"], name, own), fresh
+
+
+def _unlike(tracker: Tracker, version: Version, policy: PromotionConfig, say: Say) -> str:
+    """What a registered version has that was not judged, by the gates that are required; "" where it is the same."""
+    gates = policy.gates
+    wrong = [
+        check for check in verify(tracker, version, say)
+        if not check.ok and (gates.reproduces if check.name == PREDICTIONS else gates.complete) == "require"
+    ]  # fmt: skip
+    return "; ".join(f"{check.name}: {check.figure}" for check in wrong)
+
+
+def _describe(
+    tracker: Tracker, registry: Registry, version: Version, done: Promotion, evidence: Evidence, record: StudyRecord,
+    override: str | None,
+) -> None:  # fmt: skip
+    """Give a version its tags and its card; of one that an earlier call left, the gates are those of today."""
+    candidate, gates = done.candidate, () if done.decision is None else done.decision.gates
+    run = candidate.run
+    tags = {
+        "crism.study": candidate.study,
         "crism.trial_number": run.tags.get("crism.trial_number", ""),
         "crism.variant": run.tags.get("crism.variant", ""),
+        "crism.model": run.tags.get("crism.model", ""),
+        "crism.objective": f"{candidate.objective} {candidate.value:.6g}",
+        "crism.test_digest": evidence.test_digest,
+        "crism.gates": json.dumps({g.name: g.verdict for g in gates}),
         "data_digest": run.params.get("data_digest", ""),
+        "inputs_digest": run.params.get("inputs_digest", ""),
         "config_digest": run.params.get("config_digest", ""),
-        "git_commit": run.params.get("git_commit", ""),
+        "git_commit": run.tags.get("mlflow.source.git.commit", run.params.get("git_commit", "")),
     }
-    tags |= {k: f"{v:.6g}" for k, v in run.metrics.items() if k.split("/")[0] in ("val", "test", "thesis", "test_full")}
-    try:
-        made = mlflow.register_model(f"models:/{run.tags['crism.model_id']}", name, tags=tags)
-    except MlflowException as error:
-        raise PromotionError(f"run {run.name}: cannot be registered ({one_line(error)})") from error
-    return str(made.version)
+    tags |= {k: f"{v:.6g}" for k, v in run.metrics.items() if _is_score(k)}
+    if override is not None:
+        said = {"by": who(), "time": now(), "why": override.strip()[:1000]}
+        tags[OVERRIDE] = json.dumps(said, ensure_ascii=False)
+    registry.set_version_tags(version, tags)
+    if override is None and done.alias == CHAMPION and OVERRIDE in version.tags:
+        registry.delete_version_tag(version, OVERRIDE)
+    card = write_card(tracker, record, run, gates, candidate.name, version.number)
+    tracker.text(run.run_id, card.text, f"{FOLDER}/README.md")
+    for file, content in card.files.items():
+        tracker.content(run.run_id, content, f"{FOLDER}/{file}")
+    registry.describe(version, card.short)
 
 
-def _champion(tracker: Tracker, name: str) -> tuple[str, str] | None:
-    """Run id and version of the present champion."""
-    try:
-        with translated(tracker.uri):
-            version = tracker.client.get_model_version_by_alias(name, CHAMPION)
-    except TrackingError as error:
-        # No such model, or one without the alias; anything else is the server's trouble.
-        if getattr(error.__cause__, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    return str(version.tags.get("crism.run_id") or version.run_id), str(version.version)
+def _restore(registry: Registry, version: Version, alias: str) -> None:
+    """Give a version that was there before the tags of its last promotion back, unless the alias did move."""
+    there = registry.version(version.name, version.number)
+    if there is None or alias in there.aliases:
+        return
+    for tag in (OVERRIDE, "crism.gates"):
+        if tag in version.tags:
+            registry.set_version_tags(version, {tag: version.tags[tag]})
+        else:
+            registry.delete_version_tag(version, tag)
 
 
-def _wanted(found: str, variant: str | None) -> bool:
-    if variant is not None:
-        return found == variant
-    return found in VARIANT_BANDS and cassis_can_give(_variant(found))
+def _complete_record(tracker: Tracker, registry: Registry, done: Promotion) -> None:
+    """The evidence of a move whose call died before it could say there that it was carried out."""
+    moves = [m for m in history(registry, done.name) if m.after == done.version and m.carried_out and m.evidence]
+    if not moves:
+        return
+    content, _ = read_json(tracker, done.candidate.run, moves[-1].evidence)
+    if isinstance(content, dict) and content.get("outcome") == "accepted":
+        content |= {"outcome": "promoted", "changed": True, "move": asdict(moves[-1])}
+        tracker.text(done.candidate.run.run_id, flat_json(content), moves[-1].evidence)
 
 
-def _variant(name: str) -> Variant:
-    if name not in VARIANT_BANDS:
-        raise PromotionError(f"no variant {name!r}; expected one of {', '.join(VARIANT_BANDS)}")
-    return name
+def _is_score(key: str) -> bool:
+    part, _, name = key.partition("/")
+    return part in _SCORES and name.removesuffix("_low").removesuffix("_high") in (*METRICS, "skill")
+
+
+def document(
+    done: Promotion, evidence: Evidence | None = None, policy: PromotionConfig | None = None,
+    override: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A promotion for JSON, and, with its evidence, for the record."""
+    candidate, decision = done.candidate, done.decision
+    found: dict[str, Any] = {
+        "name": done.name, "version": done.version, "alias": done.alias, "outcome": done.outcome,
+        "changed": done.changed, "run": candidate.run.name, "run_id": candidate.run.run_id,
+        "study": candidate.study, "objective": candidate.objective, "value": candidate.value, "reason": done.reason,
+        "champion_run_id": None if decision is None else decision.champion_run_id,
+        "gates": [] if decision is None else plain(decision.gates),
+    }  # fmt: skip
+    if done.move is not None:
+        found["move"] = asdict(done.move)
+    if evidence is not None:
+        found |= {
+            "time": now(), "by": who(), "override": override,
+            "policy": None if policy is None else policy.model_dump(mode="json"),
+            "evidence": {**asdict(evidence), "candidate": evidence.candidate.run_id},
+        }  # fmt: skip
+    return found

@@ -244,34 +244,45 @@ def _scenes(tracker: Tracker, study: Findings) -> Iterator[Block]:
     if best is None:
         yield Text(("There is no finished trial to show.",), "lacking")
         return
-    index, why = read_json(tracker, best, INDEX)
+    yield from scene_blocks(tracker, best, study.record.name)
+
+
+def scene_blocks(
+    tracker: Tracker, run: RunInfo, name: str, labels: Sequence[str] = ("best", "median", "worst")
+) -> Iterator[Block]:
+    """A run's test scenes as a gallery under a name, those with these labels; what is missing, and then the panel."""
+    index, why = read_json(tracker, run, INDEX)
     exhibits = []
     for about in index if isinstance(index, list) else []:
         try:
-            files = {name: picture_file(about["label"], name) for name in about["parts"]}
-            parts = {name: tracker.read(best.run_id, file) for name, file in files.items()}
-            exhibits.append(_exhibit(study.record.name, about, parts))
+            if about["label"] not in labels:
+                continue
+            files = {part: picture_file(about["label"], part) for part in about["parts"]}
+            parts = {part: tracker.read(run.run_id, file) for part, file in files.items()}
+            exhibits.append(_exhibit(name, about, parts))
         except (TrackingError, OSError, KeyError, TypeError, ValueError) as error:
-            why = f"a picture of {best.name} cannot be read: {one_line(error)}"
+            why = f"a picture of {run.name} cannot be read: {one_line(error)}"
     if exhibits:
-        legend = {"no data": _hex(NO_DATA), **{name: _hex(colour) for name, colour in CLASSES.items()}}
+        legend = {"no data": _hex(NO_DATA), **{word: _hex(colour) for word, colour in CLASSES.items()}}
+        ranks = {"best": "lowest", "median": "median", "worst": "highest"}
+        shown = [ranks.get(label, label) for label in labels]
         yield Gallery(
-            f"{study.record.name}-scenes", f"Test scenes of {best.name}",
-            "The scene with the lowest, the median and the highest RMSE of all test scenes. Each channel is stretched "
-            "from the truth's 2nd to its 98th percentile, the prediction alike; the error is the mean absolute one "
-            "of the channels, from 0 (dark) to 64 of 255 and more (bright).",
+            f"{name}-scenes", f"Test scenes of {run.name}",
+            f"The scene with the {', the '.join(shown[:-1])} and the {shown[-1]} RMSE of all test scenes. Each channel "
+            "is stretched from the truth's 2nd to its 98th percentile, the prediction alike; the error is the mean "
+            "absolute one of the channels, from 0 (dark) to 64 of 255 and more (bright).",
             tuple(exhibits), legend if any("carbonate" in e.parts for e in exhibits) else {"no data": _hex(NO_DATA)},
         )  # fmt: skip
     if not why:
         return
     yield Text((f"Pictures of scenes are missing: {why}.",), "lacking")
     try:
-        png = tracker.read(best.run_id, "panels/test.png")
+        png = tracker.read(run.run_id, "panels/test.png")
     except TrackingError:
         return
-    yield Picture(f"{study.record.name}-panel", f"Test scenes of {best.name}",
+    yield Picture(f"{name}-panel", f"Test scenes of {run.name}",
                   "Input, truth, prediction, absolute error and carbonate of the best, median and worst scene.",
-                  f"Test scenes of {best.name}: input, truth, prediction and error side by side.", png)  # fmt: skip
+                  f"Test scenes of {run.name}: input, truth, prediction and error side by side.", png)  # fmt: skip
 
 
 def _hex(colour: tuple[float, float, float]) -> str:

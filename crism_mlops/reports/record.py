@@ -11,7 +11,7 @@ import optuna
 
 from crism_mlops.config import SweepConfig, error_sign, override_sweep
 from crism_mlops.config_text import read_yaml
-from crism_mlops.errors import CrismError, StudyError, TrackingError, one_line
+from crism_mlops.errors import CrismError, StudyError, TrackingAwayError, TrackingError, one_line
 from crism_mlops.studies.ledger import own
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.storage import SearchStore, load_study, open_store
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 TOKEN_TAG = "crism.study_token"
+# Params of a study's run that say what its test figures are of.
+_SAME_TEST = ("test_digest", "data.target", "data.target_normalization")
 _STATES = {"FINISHED": "finished", "FAILED": "failed", "RUNNING": "running"}
 
 
@@ -207,13 +209,28 @@ def _sweep(tracker: Tracker, parent: RunInfo | None, search: optuna.Study | None
     return None, why
 
 
+def best_unet(tracker: Tracker, record: StudyRecord) -> RunInfo | None:
+    """The best U-Net of the experiment's studies of the same test scenes, target and objective, by that objective."""
+    if record.parent is None:
+        return None
+    grounds = [record.parent.params.get(key) for key in (*_SAME_TEST, "objective")]
+    best = []
+    for study in tracker.find(crism_kind="study", crism_model="unet"):
+        if [study.params.get(key) for key in (*_SAME_TEST, "objective")] == grounds:
+            found = read_study(tracker, study.tags.get("crism.study", study.name), None).best
+            best += [] if found is None else [found]
+    return min(best, key=lambda r: error_sign(record.objective) * r.ranking, default=None)
+
+
 def read_json(tracker: Tracker, run: RunInfo | None, file: str) -> tuple[Any, str]:
-    """A JSON artifact's content and "", or None and why it cannot be had."""
+    """A JSON artifact's content and "", or None and why it cannot be had. Raises TrackingAwayError."""
     if run is None:
         return None, "the study's own run is missing"
     try:
         return json.loads(tracker.read(run.run_id, file)), ""
-    except (TrackingError, ValueError) as error:
+    except TrackingAwayError:
+        raise
+    except (TrackingError, ValueError, RecursionError) as error:
         return None, f"{file} of {run.name} cannot be read: {one_line(error)}"
 
 

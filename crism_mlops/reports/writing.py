@@ -66,7 +66,8 @@ def _html(document: Document) -> dict[str, bytes]:
     return {"report.html": page(document).encode()}
 
 
-def _markdown(document: Document) -> dict[str, bytes]:
+def markdown(document: Document) -> dict[str, bytes]:
+    """report.md and the pictures that it shows, figures/*.png."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -154,5 +155,5 @@ def _pdf(document: Document) -> dict[str, bytes]:
 
 
 _FORMATS: Mapping[Format, Callable[[Document], dict[str, bytes]]] = {
-    Format.html: _html, Format.md: _markdown, Format.pdf: _pdf, Format.csv: _csv, Format.tex: _tex
+    Format.html: _html, Format.md: markdown, Format.pdf: _pdf, Format.csv: _csv, Format.tex: _tex
 }  # fmt: skip

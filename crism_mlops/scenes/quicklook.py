@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def quicklook(scene: Scene, target: Target = "fal") -> Figure:
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.suptitle(_heading(scene), fontsize=12)
+    # A name is no formula, whatever stands between two dollars.
+    figure.suptitle(_heading(scene), fontsize=12, parse_math=False)
     figure.legend(
         handles=legend, loc="outside lower center", ncols=len(legend) + 1, fontsize=9, frameon=False,
         title="composites: each channel stretched from its 2nd to its 98th percentile", title_fontsize=9,
@@ -74,8 +76,8 @@ def write_quicklook(scene: Scene, path: Path, target: Target = "fal") -> None:
     write_figure(quicklook(scene, target), path)
 
 
-def write_figure(figure: Figure, path: Path) -> None:
-    """A figure as a PNG, written to a temporary name and renamed.
+def write_figure(figure: Figure, path: Path, tags: Mapping[str, str] | None = None) -> None:
+    """A figure as a PNG with text tags, written to a temporary name and renamed.
 
     Raises SceneError if it cannot be written, or for a name of another kind of file, which may be data.
     """
@@ -83,7 +85,7 @@ def write_figure(figure: Figure, path: Path) -> None:
         raise SceneError(f"{path}: a picture is a PNG; name a .png file")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(partial, format="png")
+        figure.savefig(partial, format="png", metadata=dict(tags or {}))
         partial.replace(path)
     except OSError as error:
         raise SceneError(f"{path}: the picture cannot be written ({error.strerror or error})") from error

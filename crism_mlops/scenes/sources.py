@@ -22,6 +22,8 @@ from crism_mlops.scenes.scene import Scene
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
+# The input of a pair; its truth lies beside it.
+PICTURE = "original_image.png"
 
 
 def load_scenes(config: DataConfig, on_scene: Progress | None = None, where: Where | None = None) -> list[Scene]:
@@ -106,7 +108,7 @@ def _pair(root: Path, row: dict[str, str]) -> Scene:
     # The id comes from outside and becomes a path: letters and digits only.
     if not name.isalnum():
         raise SceneError(f"scenes.csv: {name!r} is not an observation id")
-    image, target = (_rgb(root / name / f"{part}_image.png") for part in ("original", "edited"))
+    image, target = (picture_bands(root / name / file) for file in (PICTURE, "edited_image.png"))
     if image.shape != target.shape:
         raise SceneError(f"{name}: original is {image.shape[:2]}, edited is {target.shape[:2]} pixels")
     # Both images are black where there is no data; one that is black alone is only dark.
@@ -114,7 +116,7 @@ def _pair(root: Path, row: dict[str, str]) -> Scene:
     if not valid.any():
         raise SceneError(f"{name}: both images are black everywhere")
     province = {"true": True, "false": False}.get((row.get("carbonate_province") or "").strip().lower())
-    longitude = _number(row.get("longitude_east_deg"))
+    longitude = read_number(row.get("longitude_east_deg"))
     return Scene(
         observation_id=name,
         source="pairs",
@@ -125,23 +127,28 @@ def _pair(root: Path, row: dict[str, str]) -> Scene:
         carbonate=None,
         carbonate_bearing=province,
         longitude_deg=None if longitude is None else east_longitude_180(longitude),
-        latitude_deg=_number(row.get("latitude_deg")),
+        latitude_deg=read_number(row.get("latitude_deg")),
         region=(row.get("region") or "unknown").strip(),
     )
 
 
-def _rgb(path: Path) -> NDArray[np.float32]:
+def picture_bands(path: Path) -> NDArray[np.float32]:
+    """A pair's picture as H x W x 3 float32 in [0, 1]. Raises SceneError where it cannot be read."""
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        # Of other formats one is run by a program of its own (EPS by Ghostscript), whatever the file's name says.
+        with Image.open(path, formats=["PNG"]) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"its mode is {picture.mode}, expected 8-bit RGB")
             return np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255.0)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # pillow reports a broken PNG as OSError, SyntaxError or ValueError, by the place of the damage.
         raise SceneError(f"{path}: not a readable picture ({' '.join(str(error).split())})") from error
 
 
-def _number(text: str | None) -> float | None:
+def read_number(text: str | None) -> float | None:
+    """A finite number, or None for any other text."""
     try:
         value = float(text or "")
     except ValueError:

@@ -17,7 +17,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crism_mlops.errors import StoreError, one_line
+from crism_mlops.errors import StoreError, UntrustedError, one_line
+from crism_mlops.redact import remembered
+from crism_mlops.untrusted import tensor_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +36,7 @@ class Store:
     """
 
     def __init__(self, url: str, mirror: Path) -> None:
-        self.url = url
+        self.url = remembered(url)
         self.mirror = mirror
 
     @cached_property
@@ -259,10 +261,11 @@ def map_tensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        tensor_shapes(path)
         # torch maps the file; the numpy reader would copy all of it.
         with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 -- not a dict
-    except (SafetensorError, OSError, MemoryError) as error:
+    except (UntrustedError, SafetensorError, OSError, MemoryError) as error:
         raise _DamagedError(one_line(error)) from error
 
 

@@ -31,6 +31,13 @@ _BLOCK_BYTES = 16 << 20
 CARBONATE_PARAMETERS = ("MIN2295_2480", "MIN2345_2537", "D2300", "BD2500_2")
 
 
+def parameter_unit(name: str) -> str:
+    """What a summary parameter's figure is (Viviano-Beck et al. 2014): I/F, band depth or index."""
+    if _REFLECTANCE.fullmatch(name):
+        return "I/F"
+    return "index" if name.startswith("CINDEX") else "band depth"
+
+
 def summary_parameters(products: dict[str, Product], names: tuple[str, ...]) -> NDArray[np.float32]:
     """Summary parameters H x W x len(names) float32, NaN without data.
 

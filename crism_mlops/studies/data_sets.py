@@ -12,6 +12,8 @@ from crism_mlops.dataset.variants import channels
 from crism_mlops.tracking_data import Context, DataSet
 
 PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
+# On a study's run: every scene of its data set by its split.
+OBSERVATIONS = "data/observations.json"
 _CONTEXTS: dict[SplitName, Context] = {
     "train": "training", "validation": "validation", "test": "test", "test_balanced": "test"
 }  # fmt: skip
@@ -34,6 +36,22 @@ def data_sets(manifest: Manifest, parts: Sequence[SplitName] = PARTS) -> list[Da
         name = f"{data.source}-{data.variant}-{part.replace('_', '-')}"
         found.append(DataSet(name, manifest.digest, _CONTEXTS[part], kind, source, _schema(data), json.dumps(profile)))
     return found
+
+
+def observations(manifest: Manifest) -> str:
+    """The scenes of a manifest, JSON: id, split, whether in the balanced test set, kind, region; `content`, the digest
+    of all that the data set takes from a scene, and `made_of`, that of its products and recipe, where it is known.
+
+    The same for every variant of a study: one list serves all its runs.
+    """
+    balanced = set(manifest.split.test_balanced)
+    scenes = [
+        {"id": scene.observation_id, "split": part, "balanced": scene.observation_id in balanced, "kind": scene.kind,
+         "region": scene.region, "content": scene.content, "made_of": scene.digest}
+        for part in PARTS for scene in manifest.of(part)
+    ]  # fmt: skip
+    content = {"scenes_digest": manifest.scenes_digest, "test_digest": manifest.test_digest, "scenes": scenes}
+    return json.dumps(content, separators=(",", ":"))
 
 
 def _source(data: DataConfig) -> tuple[str, str]:

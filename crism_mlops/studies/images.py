@@ -34,7 +34,7 @@ def read_image(folder: Path, pair: Pair, manifest: Manifest) -> NDArray[np.float
     path, valid, data = image_file(folder, pair.scene.observation_id), pair.scene.valid, manifest.data
     try:
         if path.suffix == ".npy":
-            image = _array(path)
+            image = _array(path, pair.truth.shape)
         elif path.suffix == ".png":
             image = _picture(path)
         else:
@@ -56,8 +56,11 @@ def read_image(folder: Path, pair: Pair, manifest: Manifest) -> NDArray[np.float
     return np.asarray(np.where(valid[..., None], np.clip(image, 0.0, 1.0), 0.0), dtype=np.float32)
 
 
-def _array(path: Path) -> NDArray[np.float32]:
-    array = np.load(path, allow_pickle=False)
+def _array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    # Mapped: a header that claims more than the file has, or than is wanted, takes no memory.
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(array, np.ndarray) and array.shape != shape:
+        return np.broadcast_to(np.float32(0.0), array.shape)  # The caller says what is wrong with it.
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise ValueError(f"it holds {getattr(array, 'dtype', 'an archive')}, expected one array of floats in 0..1")
     return array.astype(np.float32)
@@ -67,7 +70,8 @@ def _picture(path: Path) -> NDArray[np.float32]:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        # Of other formats one is run by a program of its own (EPS by Ghostscript), whatever the file's name says.
+        with Image.open(path, formats=["PNG"]) as picture:
             if picture.mode != "RGB":
                 # A conversion would clip 16 bits, repeat grey and drop alpha without a word.
                 raise ValueError(f"its mode is {picture.mode}, expected 8-bit RGB")

@@ -9,6 +9,7 @@ import yaml
 
 from crism_mlops.config import Section, SweepConfig
 from crism_mlops.config_study import GridSampler
+from crism_mlops.redact import redacted
 from crism_mlops.studies.samplers import make_sampler, trial_seed
 from crism_mlops.studies.search_space import describe, enqueued, grid, size, suggest
 
@@ -57,7 +58,8 @@ def first_choices(sweep: SweepConfig) -> dict[str, Any]:
 def as_yaml(section: Section) -> str:
     """A section as the study file would hold it."""
     content = section.model_dump(mode="json")
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip()
+    # It is printed, logged and shown in reports; what a study runs on is stored elsewhere.
+    return redacted(yaml.safe_dump(content, sort_keys=False, allow_unicode=True)).rstrip()
 
 
 def _words(section: Section) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from crism_mlops.config import RunConfig, digest_of, error_sign
 from crism_mlops.dataset.manifest import Manifest, Pair, SplitName
 from crism_mlops.dataset.prompts import scene_lacks, scene_prompt
-from crism_mlops.dataset.variants import channels
+from crism_mlops.dataset.variants import VARIANT_BANDS, channels
 from crism_mlops.errors import EvaluationError, StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.evaluation.evaluate import predict_pairs, score_pairs
 from crism_mlops.evaluation.metrics import METRICS
@@ -42,6 +42,8 @@ from crism_mlops.studies.outcome import (
     scoring_device,
     spread,
 )
+from crism_mlops.studies.served import Served, description
+from crism_mlops.studies.stored import log_stored
 from crism_mlops.tracking import Tracker, flat_json
 from crism_mlops.training import train
 
@@ -146,9 +148,9 @@ def run_trial(
         }
         tracker.metrics(run_id, costs)
         hooks.phase("logging the checkpoint")
-        model_id = tracker.model(
-            run_id, best, model_card(config, manifest, checkpoint), channels=channels(config.data.variant)
-        )
+        bands = len(VARIANT_BANDS[config.data.variant])
+        model_id = tracker.model(run_id, best, model_card(config, manifest, checkpoint), channels=bands)
+        log_stored(tracker, run_id, Served(trained, checkpoint), manifest)
         _, on_validation, on_test = data_sets(manifest)
         scored = dict.fromkeys(("objective", "val"), on_validation) | dict.fromkeys(("test", "test_full"), on_test)
         tracker.scored(run_id, model_id, scored)
@@ -195,6 +197,7 @@ def fit(
     model = build_model(config, manifest, resolve_device(config.device))
     lacking = check_prompts(model, manifest)
     seen = scenes_seen(config, manifest)
+    side = max(max(scene.valid.shape) for scene in manifest.scenes)
     samples = manifest.samples()
     cache = LatentCache(open_store(config.data))
     data = model.prepare(samples, cache)
@@ -253,6 +256,7 @@ def fit(
                 manifest.filters,
                 seen,
                 model.residual,
+                side,
             )
             save_checkpoint(model, place, checkpoint)
 
@@ -339,14 +343,9 @@ def predict(model: UNet | InstructPix2Pix, config: RunConfig) -> Predict:
 
 
 def model_card(config: RunConfig, manifest: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the logged model says of itself."""
+    """What the logged model says of itself: what it takes and gives, and where it comes from."""
     return {
-        "variant": config.data.variant,
-        "normalization": config.data.normalization,
-        "target": config.data.target,
-        "target_normalization": config.data.target_normalization,
-        "resolution": config.data.resolution,
-        "chunk": config.evaluate.chunk,
+        **description(checkpoint),
         "seed": config.evaluate.seed,
         "prompt": getattr(config.model, "prompt", None),
         "data_digest": manifest.digest,

@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from crism_mlops.errors import StudyError, one_line
+from crism_mlops.redact import remembered
 from crism_mlops.studies.ledger import Ledger, database_lock, sqlite_file
 from crism_mlops.studies.proxy import RemoteLedger, refusals, remote_storage, told, unreachable
 from crism_mlops.tracking import DEFAULT_ROOT, shown
@@ -73,7 +74,7 @@ def open_store(
     Once open, an absent database is waited for, `patience` seconds at most. Raises StudyError in one line where it
     cannot be opened, or (create=False) where there is none.
     """
-    url = url or default_storage()
+    url = remembered(url or default_storage())
     patient = Patience(patience, say, shown(url))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

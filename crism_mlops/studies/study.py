@@ -21,11 +21,12 @@ from crism_mlops.dataset.audit import audit, require_clean
 from crism_mlops.dataset.manifest import Manifest, build_manifest
 from crism_mlops.errors import StoreError, StudyError, TrackingError, UnwrittenError
 from crism_mlops.scenes.scene import Scene
+from crism_mlops.studies.data_sets import OBSERVATIONS, observations
 from crism_mlops.studies.describe import describe_study, study_text
 from crism_mlops.studies.floors import log_floors
 from crism_mlops.studies.heart import Heart
 from crism_mlops.studies.input_vae import input_vae_digests, input_vaes_seen
-from crism_mlops.studies.ledger import INDEX
+from crism_mlops.studies.ledger import INDEX, REPEAT
 from crism_mlops.studies.limits import failing, spent, stale
 from crism_mlops.studies.machine import surroundings
 from crism_mlops.studies.plan import as_yaml
@@ -111,6 +112,7 @@ def working(
                 parent = _parent_run(sweep, study, base, tracker)
             if found is not None:
                 tracker.text(parent, json.dumps(found.as_json(), indent=2), "audit.json")
+                tracker.text(parent, observations(base), OBSERVATIONS)
                 tracker.text(parent, as_yaml(sweep), "study.yaml")
                 tracker.text(parent, json.dumps(surroundings(sweep.device), indent=2), "environment.json")
             work_folder = (work_root or Path(sweep.engine.work).expanduser()) / sweep.study
@@ -191,7 +193,7 @@ def work(desk: Desk) -> None:
             heart.join()
         elif "trial" in claim:
             _take(desk, claim, points)
-        elif claim["what"] == "done" and begin and ledger.enqueue(sweep.study, _repeats(desk)):
+        elif claim["what"] == "done" and begin and _repetitions(desk):
             continue
         elif wanted.startswith("stop") or (claim["what"] == "done" and not wanted):
             if (why := enough or found) is not None:
@@ -205,8 +207,16 @@ def work(desk: Desk) -> None:
             heart.listen()
 
 
-def _repeats(desk: Desk) -> list[dict[str, Any]]:
-    return repeats_wanted(desk.sweep, desk.study.get_trials(deepcopy=False))
+def _repetitions(desk: Desk) -> bool:
+    """Queue the repetitions that are wanted; returns whether there are any to run, or to wait for.
+
+    Of two workers that end the search at once one queues them, and both run them.
+    """
+    wanted = repeats_wanted(desk.sweep, desk.study.get_trials(deepcopy=False))
+    if desk.store.ledger.enqueue(desk.sweep.study, wanted):
+        return True
+    trials = desk.study.get_trials(deepcopy=False)
+    return any(REPEAT in t.user_attrs and not t.state.is_finished() for t in trials)
 
 
 def _take(desk: Desk, claim: dict[str, Any], points: Sequence[dict[str, Any]] | None) -> None:

@@ -25,6 +25,7 @@ from crism_mlops.config import SweepConfig, override_sweep
 from crism_mlops.errors import ClusterError, CrismError, StudyError, one_line
 from crism_mlops.interrupts import holding_interrupts
 from crism_mlops.quiet import quiet_libraries
+from crism_mlops.redact import redacted
 from crism_mlops.scenes.sources import load_scenes
 from crism_mlops.studies.overview import stored_sweep
 from crism_mlops.studies.run import Hooks, run_trial
@@ -252,7 +253,7 @@ class _Through(logging.Handler):
         self.listener = listener
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.listener.say(f"{record.levelname} {record.name}: {record.getMessage()}")
+        self.listener.say(redacted(f"{record.levelname} {record.name}: {record.getMessage()}"))
 
 
 def _how(code: int | None) -> str:

@@ -14,9 +14,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def ask(url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> tuple[int, Any, str]:
+    """Status, headers and text of a GET, or of a POST of `body`, which is JSON; status 0 where nobody answers."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=60 * PATIENCE) as response:
+            return response.status, response.headers, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read().decode()
+    except OSError as error:
+        return 0, {}, str(error)
 
 
 class Server:
@@ -52,13 +66,17 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait for its first answer."""
+        self.launch()
+        wait_until(self._answers, f"the first answer of the {self.name}", self._alive)
+
+    def launch(self) -> None:
+        """Start it, and don't wait."""
         assert self._process is None, f"{self.name} runs already"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(), cwd=self.folder, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, start_new_session=True,
             )  # fmt: skip
-        wait_until(self._answers, f"the first answer of the {self.name}", self._alive)
 
     def _alive(self) -> None:
         assert self._process is not None
@@ -114,15 +132,18 @@ class MlflowServer(Server):
 
 
 class PostgresServer(Server):
-    """PostgreSQL with an empty database and a user, both called crism."""
+    """PostgreSQL with an empty database and a user, both called crism; or laid out with another user and `options`."""
 
     name = "postgres"
 
-    def __init__(self, folder: Path, port: int | None, binaries: Path) -> None:
+    def __init__(
+        self, folder: Path, port: int | None, binaries: Path, user: str = "crism",
+        options: Sequence[str] = ("-A", "trust", "-E", "UTF8"),
+    ) -> None:  # fmt: skip
         super().__init__(folder, port)
         self._binaries = binaries
         self._data = folder / "data"
-        self._run([str(binaries / "initdb"), "-D", str(self._data), "-U", "crism", "-A", "trust", "-E", "UTF8", "-N"])
+        self._run([str(binaries / "initdb"), "-D", str(self._data), "-U", user, "-N", *options])
 
     @property
     def url(self) -> str:
@@ -207,6 +228,13 @@ def postgres_server(folder: Path | None = None) -> Iterator[PostgresServer]:
 
     The data lies in `folder`, as root always in one of its own: the user postgres may not enter pytest's.
     """
+    with postgres_running(lambda folder, binaries: PostgresServer(folder, None, binaries), folder) as server:
+        yield server
+
+
+@contextmanager
+def postgres_running(make: Callable[[Path, Path], PostgresServer], folder: Path | None = None) -> Iterator[Any]:
+    """What `make` makes of a folder and the binaries, running; skips as postgres_server does."""
     binaries = postgres_binaries()
     if binaries is None:
         pytest.skip("no PostgreSQL server binaries here (Debian: apt-get install postgresql)")
@@ -219,7 +247,7 @@ def postgres_server(folder: Path | None = None) -> Iterator[PostgresServer]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crism-pg-", dir="/tmp")))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-        server = PostgresServer(folder, None, binaries)
+        server = make(folder, binaries)
         try:
             server.start()
             yield server

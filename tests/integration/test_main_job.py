@@ -27,14 +27,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crism_mlops.config import SweepConfig, load_sweep
-from crism_mlops.dataset.manifest import Manifest, build_manifest
+from crism_mlops.config import RunConfig, SweepConfig, load_sweep
+from crism_mlops.dataset.manifest import Manifest, Pair, build_manifest
 from crism_mlops.dataset.prompts import scene_prompt
+from crism_mlops.dataset.variants import VARIANT_BANDS, inverse_target
 from crism_mlops.evaluation.evaluate import noise_seed, predict_pairs, score_pairs
 from crism_mlops.models.checkpoint import load_checkpoint
 from crism_mlops.models.parts import TINY, tiny_folder
 from crism_mlops.scenes.sources import load_scenes
-from crism_mlops.tracking import RunInfo, Tracker, download_checkpoint
+from crism_mlops.studies.stored import reproduce
+from crism_mlops.tracking import RunInfo, Tracker
+from crism_mlops.tracking_model import download_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -191,8 +194,11 @@ def job(workspace: Workspace) -> Workspace:
     assert "quickstart-unet: 2 finished, 0 pruned of 2" in err.splitlines()[-1]
     _, err = workspace.run(*workspace.sweep("quickstart-ip2p", IP2P))
     assert "quickstart-ip2p: 2 finished, 0 pruned of 2" in err.splitlines()[-1]
-    out, _ = workspace.run("promote", "--experiment", "crism-quickstart")
-    assert out.startswith(f"promoted: {NAME} version 1 is champion: quickstart-ip2p-00")
+    out, _ = workspace.run("promote", "--experiment", "crism-quickstart", code=3)
+    assert "refused: quickstart-ip2p-00" in out
+    assert "enough_scenes: 4 independent scenes, expected 12 or more" in " ".join(out.split())
+    out, _ = workspace.run("promote", "--experiment", "crism-quickstart", "--override", "a test of four scenes")
+    assert f"promoted: {NAME} version 1 is champion: quickstart-ip2p-00" in out
     return workspace
 
 
@@ -227,6 +233,12 @@ def checkpoint(job: Workspace, champion: Any) -> Path:
     return download_checkpoint(job.tracking, f"models:/{champion.tags['crism.model_id']}")
 
 
+def shown(pair: Pair, config: RunConfig) -> tuple[np.ndarray, list[str]]:
+    """A scene as the served model is shown it: bands in I/F, 0 without data, and their names."""
+    bands = list(VARIANT_BANDS[config.data.variant])
+    return pair.scene.bands[..., [pair.scene.band_names.index(name) for name in bands]], bands
+
+
 def test_what_the_sweeps_leave(job: Workspace) -> None:
     document = job.json("status", "--experiment", "crism-quickstart")
     assert [s["study"] for s in document["studies"]] == ["quickstart-unet", "quickstart-ip2p"]
@@ -251,7 +263,7 @@ def test_what_the_sweeps_leave(job: Workspace) -> None:
     for run in runs.values():
         files = {f.path for f in tracker.client.list_artifacts(run.run_id)}
         tables = {f"{name}_by_scene.{kind}" for name in ("scores", "validation") for kind in ("json", "parquet")}
-        assert {"config.json", "scores_by_scene.csv", "strata.json", "panels"} | tables <= files
+        assert {"config.json", "scores_by_scene.csv", "strata.json", "panels", "stored"} | tables <= files
         assert {"val/skill", "test/skill", "test_full/skill"} <= set(run.metrics)
         assert run.tags["crism.model_id"]
     assert sorted(p.name for p in (job.folder / "mlruns" / "artifacts").iterdir()) == ["crism-quickstart"]
@@ -295,16 +307,37 @@ def test_loaded_model_predicts_what_evaluation_did(
     for pair, prediction in zip(pairs, expected.images, strict=True):
         seed = noise_seed(config.evaluate.seed, pair.scene.observation_id)
         prompt = scene_prompt(config.model, pair.scene)
-        output = served.predict(pair.image[None], params={"prompt": prompt, "seed": seed})
-        assert output.dtype == np.float32
-        assert np.array_equal(output[0], prediction), pair.scene.observation_id
+        image, bands = shown(pair, config)
+        params = {"bands": bands, "seed": seed, "scaled": True}
+        output = served.predict(image[None], params={**params, "prompt": prompt})
+        assert output["prediction"].dtype == np.float32
+        valid = pair.scene.valid
+        assert np.array_equal(output["nodata"][0], ~valid)
+        assert np.array_equal(output["prediction"][0][valid], prediction[valid]), pair.scene.observation_id
     # The prompt filled from metadata is the same prompt.
-    place = {"longitude": pair.scene.longitude_deg, "latitude": pair.scene.latitude_deg, "location": pair.scene.region}
-    assert np.array_equal(served.predict(pair.image[None], params={**place, "seed": seed}), output)
+    place = {"longitude": pair.scene.longitude_deg, "latitude": pair.scene.latitude_deg}
+    assert np.array_equal(served.predict(image[None], params={**params, **place})["prediction"], output["prediction"])
     # Of several images each gets what it gets alone.
-    both = served.predict(np.stack([pair.image, pairs[0].image]), params={"prompt": prompt, "seed": seed})
-    assert np.array_equal(both[0], output[0])
-    assert served.predict(pair.image[None]).shape == output.shape
+    two = np.stack([image, shown(pairs[0], config)[0]])
+    both = served.predict(two, params={**params, "prompt": prompt})
+    assert np.array_equal(both["prediction"][0], output["prediction"][0])
+    physical = served.predict(image[None], params={**params, **place, "scaled": False})
+    np.testing.assert_array_equal(
+        physical["prediction"][0][valid], inverse_target(prediction, "fal", "physical", config.data.ranges)[valid]
+    )
+
+
+def test_stored_scenes_are_reproduced_by_the_registered_model(job: Workspace, champion: Any) -> None:
+    import mlflow
+
+    tracker = job.tracker()
+    mlflow.set_tracking_uri(job.tracking)
+    served = mlflow.pyfunc.load_model(CHAMPION)
+    found = reproduce(tracker, champion.run_id, lambda images, params: served.predict(images, params=params))
+    assert len(found) == 3
+    assert all(r.ok for r in found), found
+    for trial in tracker.find(crism_kind="trial"):
+        assert tracker.files(trial.run_id, "stored") == ["stored/scenes.json", "stored/scenes.safetensors"]
 
 
 def test_served_model_answers(job: Workspace, manifest: Manifest, checkpoint: Path) -> None:
@@ -312,22 +345,29 @@ def test_served_model_answers(job: Workspace, manifest: Manifest, checkpoint: Pa
 
     port = free_port()
     pair = manifest.test_pairs()[0]
-    params = {"prompt": "Predict carbonates", "seed": 5}
+    image, bands = shown(pair, load_checkpoint(checkpoint)[1].config)
+    params = {"bands": bands, "prompt": "Predict carbonates", "seed": 5}
     mlflow.set_tracking_uri(job.tracking)
-    expected = mlflow.pyfunc.load_model(CHAMPION).predict(pair.image[None], params=params)
+    expected = mlflow.pyfunc.load_model(CHAMPION).predict(image[None], params=params)
     words = ["models", "serve", "-m", CHAMPION, "--env-manager", "local", "--port", port]
     with job.started(BIN / "mlflow", *words, MLFLOW_TRACKING_URI="sqlite:///mlruns/mlflow.db") as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: answer(f"{url}/ping", timeout=5), "the server's first answer", process)
-        reply = answer(f"{url}/invocations", {"inputs": pair.image[None].tolist(), "params": params})
+        reply = answer(f"{url}/invocations", {"inputs": image[None].tolist(), "params": params})
         assert reply is not None
         assert reply[0] == 200, reply[1]
-        prediction = np.array(json.loads(reply[1])["predictions"])
-        np.testing.assert_allclose(prediction, expected, rtol=0, atol=1e-6)
-        for wrong in (pair.image.tolist(), pair.image[None, ..., :2].tolist(), (pair.image[None] + 2.0).tolist()):
-            reply = answer(f"{url}/invocations", {"inputs": wrong})
+        predictions = json.loads(reply[1])["predictions"]
+        assert sorted(predictions) == sorted(expected)
+        for name, values in predictions.items():
+            np.testing.assert_allclose(np.array(values), expected[name], rtol=0, atol=1e-6)
+        for wrong in (image.tolist(), image[None, ..., :2].tolist(), (image[None] + 2.0).tolist()):
+            reply = answer(f"{url}/invocations", {"inputs": wrong, "params": params})
             assert reply is not None
             assert reply[0] == 400, reply[1]
+        for changed, says in (({"bands": bands[::-1]}, "expected bands"), ({"draws": 10**9}, "draws is 1000000000")):
+            reply = answer(f"{url}/invocations", {"inputs": image[None].tolist(), "params": {**params, **changed}})
+            assert reply is not None
+            assert (reply[0], says in reply[1]) == (400, True), reply[1]
         reply = answer(f"{url}/ping")
         assert reply is not None, "the server is gone"
         os.killpg(process.pid, signal.SIGINT)
@@ -409,6 +449,7 @@ def never_stopped(workspace: Workspace) -> RunInfo:
     return trial
 
 
+@pytest.mark.xdist_group("stopped")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_stopped_in_mid_trial_and_continued(workspace: Workspace, how: signal.Signals, never_stopped: RunInfo) -> None:
     study = f"stopped-{how.name.lower()}"

@@ -1,0 +1,1 @@
+"""`crism-mlops serve`: a front that guards and forwards, and worker processes that predict."""
