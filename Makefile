@@ -1,4 +1,5 @@
-# `make` lists the targets. PYTHON=... picks the interpreter, VENV=... the folder, PYTEST_ARGS=... goes to pytest.
+# `make` lists the targets. PYTHON=... picks the interpreter, VENV=... the folder, PYTEST_ARGS=... goes to pytest,
+# WORKERS=... is how many processes run the tests.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -11,6 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(BIN)/python -m pytest $(PYTEST_ARGS)
+# The tests run in so many processes, of one thread each. 0: in one process, as a debugger wants it.
+WORKERS ?= 2
 
 # No command started here reports on its use to anyone.
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -51,18 +54,19 @@ demo: setup ## Two small sweeps on simulated scenes, then promote the best run, 
 test: setup ## The unit tests: everything below tests/ but tests/integration
 	@files=$$(find tests -path tests/integration -prune -o -name 'test_*.py' -print | sort); \
 	if [ -z "$$files" ]; then echo "make test: no test_*.py below tests/" >&2; exit 1; fi; \
-	$(PYTEST) $$files
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal $$files
 
 test-integration: setup ## The slow tests, in tests/integration
 	@if [ -z "$$(find tests/integration -name 'test_*.py' 2>/dev/null)" ]; then \
 		echo "make test-integration: no test_*.py below tests/integration, nothing to run"; \
 	else \
-		$(PYTEST) tests/integration; \
+		OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests/integration; \
 	fi
 
-lint: setup ## ruff: the rules, then the format
+lint: setup ## ruff: the rules, then the format; hadolint on the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile
 
 types: setup ## mypy, strict, on the package
 	$(BIN)/mypy
