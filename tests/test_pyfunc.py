@@ -21,7 +21,8 @@ from trackers import new_tracker
 
 from crism_mlops.registry import pyfunc
 from crism_mlops.studies import request as asking
-from crism_mlops.studies.served import Served, description
+from crism_mlops.studies.served import Served
+from crism_mlops.studies.served_description import description
 
 BANDS = ["PAN", "NIR", "RED"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a model takes and gives (`studies.served.description`), and who it is.
+    """What a model takes and gives (`studies.served_description.description`), and who it is.
 
     data: of its configuration what concerns scenes, with target, normalisation and ranges; filters: what
     its bands are made through, None where nobody can tell here; within_nm: the wavelengths that a band of each

@@ -14,7 +14,6 @@ from crism_mlops.errors import RequestError
 from crism_mlops.scenes.bands import IF_RANGE
 
 Units = Literal["I/F", "scaled"]
-UNITS: tuple[Units, ...] = ("I/F", "scaled")
 RANGES: dict[Units, tuple[float, float]] = {"I/F": IF_RANGE, "scaled": (0.0, 1.0)}
 # Of one image, and of all images of a request times their draws, on a server: what predictions of so many pixels
 # take is memory, which its callers share.

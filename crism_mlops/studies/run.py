@@ -42,7 +42,8 @@ from crism_mlops.studies.outcome import (
     scoring_device,
     spread,
 )
-from crism_mlops.studies.served import Served, description
+from crism_mlops.studies.served import Served
+from crism_mlops.studies.served_description import description
 from crism_mlops.studies.stored import log_stored
 from crism_mlops.tracking import Tracker, flat_json
 from crism_mlops.training import train

@@ -15,7 +15,7 @@ from crism_mlops.config import RunConfig
 from crism_mlops.dataset.variants import InputTransform, channels
 from crism_mlops.models import instruct_pix2pix, unet
 from crism_mlops.models.checkpoint import Checkpoint, save_checkpoint
-from crism_mlops.studies.served import description
+from crism_mlops.studies.served_description import description
 from crism_mlops.tracking import Tracker
 
 BANDS = ["PAN", "NIR", "RED"]
