@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import MlflowServer, PostgresServer, mlflow_server, postgres_server, wait_until
+from servers import PATIENCE, MlflowServer, PostgresServer, mlflow_server, postgres_server, wait_until
 
 from crism_mlops.errors import TrackingAwayError, TrackingError
 from crism_mlops.outbox import Outbox
@@ -69,7 +69,7 @@ def test_killed_in_mid_trial_nothing_is_lost(server: MlflowServer, tmp_path: Pat
     said: list[str] = []
     tracker = Tracker(server.uri, EXPERIMENT, patience=math.inf)
     times: list[tuple[int, int]] = []
-    slowest = 0.0
+    waits: list[float] = []
     away = 0
     with tracker.buffered(tmp_path / "outbox", said.append) as trial:
         run_id = trial.start("killed", "trial", {"crism.trial": "killed"}, {"a": 1}, once=["crism.trial"])
@@ -82,7 +82,7 @@ def test_killed_in_mid_trial_nothing_is_lost(server: MlflowServer, tmp_path: Pat
                 threading.Thread(target=server.start).start()
             before = time.time()
             trial.metrics(run_id, {"train/loss": step / 7, "train/grad": 1.0}, step)
-            slowest = max(slowest, time.time() - before)
+            waits.append(time.time() - before)
             times.append((int(before * 1000), int(time.time() * 1000)))
             if step == 100:
                 trial.text(run_id, "while it was away", "notes/away.txt")
@@ -92,7 +92,9 @@ def test_killed_in_mid_trial_nothing_is_lost(server: MlflowServer, tmp_path: Pat
         trial.end(run_id, "FINISHED")
         assert trial.pending == 0
     assert away > 100
-    assert slowest < 0.5, f"a call waited for the server: {slowest:.2f} s"
+    # The machine may stand still for a moment; a server that is away would hold up every call.
+    slow = sorted(waits)[-4]
+    assert slow < 0.5, f"calls waited for the server: {slow:.2f} s"
     found = history(tracker, run_id)
     assert [(step, value) for step, value, _ in found] == [(n, n / 7) for n in range(300)]
     for (_, _, at), (earliest, latest) in zip(found, times, strict=True):
@@ -287,7 +289,7 @@ def test_interrupted_while_the_server_is_away(server: MlflowServer, tmp_path: Pa
         trial.metrics(run_id, {"train/loss": 1.0})
         begun = time.monotonic()
         raise KeyboardInterrupt
-    assert time.monotonic() - begun < 15.0
+    assert time.monotonic() - begun < 15.0 * PATIENCE
     assert "1 update waits in" in said[-1]
     server.start()
     with tracker.buffered(tmp_path / "outbox") as trial:
@@ -303,14 +305,14 @@ def test_patience_ends(server: MlflowServer, tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(TrackingAwayError):
         tracker.metrics(run_id, {"train/loss": 1.0})
-    assert 2.0 <= time.monotonic() - begun < 12.0
+    assert 2.0 <= time.monotonic() - begun < 12.0 * PATIENCE
     with pytest.raises(TrackingAwayError, match="1 update waits in"), tracker.buffered(tmp_path / "box") as trial:
         trial.metrics(run_id, {"train/loss": 1.0})
     tracker.patience = 0.0
     begun = time.monotonic()
     with pytest.raises(TrackingAwayError):
         tracker.run(run_id)
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 5.0 * PATIENCE
     assert len(said) == 1
 
 
