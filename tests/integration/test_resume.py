@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from servers import PATIENCE
 from test_models import config_of, make_parts, make_samples
 from test_training import UNET, Recorder, linear_truth, run
 
@@ -144,7 +145,7 @@ def test_killed_and_resumed_is_never_killed_bit_for_bit(kind: str, tmp_path: Pat
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", KILLED, kind, str(tmp_path)], env=environment, capture_output=True, text=True,
-        timeout=300, check=False,
+        timeout=300 * PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()

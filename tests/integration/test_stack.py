@@ -147,13 +147,20 @@ def finished(house: House) -> House:
 
     wait_until(lambda: house.training() >= 1, "a trial in its training", all_well, seconds=150)
     assert house.workers[0].healthy()
-    busy = next(worker for worker in house.workers if worker.pid in house.in_trials())
+
+    def busy_ones() -> list[Service]:
+        held = house.in_trials()
+        return [worker for worker in house.workers if worker.pid in held]
+
+    wait_until(lambda: house.training() >= 1 and busy_ones(), "a worker in a trial", all_well, seconds=150)
+    busy = busy_ones()[0]
     busy.stop()
     busy.launch()
     house.mlflow.stop()
     house.mlflow.start()
     house.postgres.stop()
     assert not busy.healthy(), "there is no search database, and the health check does not see it"
+    wait_until(lambda: any("study storage" in worker.log() for worker in house.workers), "what a worker says")
     house.postgres.start()
     for worker in house.workers:
         worker.end(240)
