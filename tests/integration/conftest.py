@@ -3,6 +3,9 @@ end. Tests of a module share its fixtures and stay together, but for those that 
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 LONGEST = ("test_main_job", "test_stack", "test_study_engine", "test_mlflow_ui")
@@ -17,10 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    # Without its groups each process would make every module's servers and studies, which run into each other.
-    if not getattr(session.config.option, "loadgroup", False):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Without its groups each process would make every module's servers and studies, which run into each other."""
+    if node.config.option.dist != "loadgroup":
         return
-    for item in session.items:
-        if item.get_closest_marker("xdist_group") is not None and "@" not in item.nodeid:
-            raise pytest.UsageError("xdist does not see the tests' groups: is pytest newer than the lock file's?")
+    alone = [one for one in ids if "@" not in one and Path(one.split("::")[0]).stem not in APART]
+    if alone:
+        pytest.exit(f"xdist has lost the group of {alone[0]}: is pytest newer than in requirements.lock?", 1)
