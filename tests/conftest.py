@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 -- the environment comes before the libraries that read it
 
+import itertools
 import os
 
 for _name, _value in {
@@ -39,6 +40,18 @@ def real_data() -> Path:
     if not (folder / "scene_pairs").is_dir():
         pytest.skip(f"no real data at {folder}: set CRISM_MLOPS_REAL_DATA")
     return folder
+
+
+_folders = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """pytest's folder goes with its test and its name may come again, while MLflow and SQLAlchemy keep what they have
+    opened by its path: in one process no two tests have the same."""
+    own = tmp_path / str(next(_folders))
+    own.mkdir()
+    return own
 
 
 @pytest.fixture(autouse=True)
