@@ -99,11 +99,6 @@ class Served:
         is not there."""
         return cls(*load_checkpoint(folder, present_device(device)))
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether predictions depend on noise and on a prompt."""
-        return self.checkpoint.config.model.kind == "instruct_pix2pix"
-
     def describe(self) -> dict[str, Any]:
         """What the model takes and gives, for JSON; see `description`."""
         return description(self.checkpoint)
