@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crism_mlops.registry import CHAMPION_URI
 from crism_mlops.terminal import TrackingUri, bars
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from crism_mlops.studies.predict import Job, Options, Prediction
     from crism_mlops.studies.predictors import Predictor
 
-CHAMPION = "models:/crism-instruct-pix2pix@champion"
 _TIFF = (".tif", ".tiff")
 
 
@@ -34,7 +34,7 @@ def predict(
         typer.Option(
             help="models:/NAME@champion, models:/NAME/VERSION, a checkpoint folder, or a server's http://HOST:PORT"
         ),
-    ] = CHAMPION,
+    ] = CHAMPION_URI,
     bands: Annotated[
         str | None,
         typer.Option(help="names of an image's bands in their order, e.g. PAN,RED,NIR", show_default=False),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crism_mlops.registry import MODEL_NAME
 from crism_mlops.terminal import AsJson, Progress, TrackingUri, print_json, print_table
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ DEFAULT_EXPERIMENT = "crism"
 REFUSED = 3
 Experiment = Annotated[str, typer.Option("--experiment", help="the MLflow experiment that the studies share")]
 Name = Annotated[str, typer.Option("--name", help="the registered model")]
-DEFAULT_NAME = "crism-instruct-pix2pix"
 
 
 def promote(
@@ -126,7 +126,7 @@ def rollback(
     unverified: Annotated[
         bool, typer.Option("--unverified", help="though it is not what it was, or of another version of this package")
     ] = False,
-    name: Name = DEFAULT_NAME,
+    name: Name = MODEL_NAME,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
@@ -149,7 +149,7 @@ def rollback(
 
 
 def history(
-    name: Name = DEFAULT_NAME,
+    name: Name = MODEL_NAME,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:
@@ -193,7 +193,7 @@ def history(
 
 def verify(
     version: Annotated[str, typer.Argument(help="a version's number, an alias, or models:/NAME/VERSION")],
-    name: Name = DEFAULT_NAME,
+    name: Name = MODEL_NAME,
     tracking_uri: TrackingUri = None,
     as_json: AsJson = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from crism_mlops.registry import CHAMPION_URI
 from crism_mlops.terminal import TrackingUri
 
 DAY_S = 86400.0
@@ -24,7 +25,7 @@ def number(value: float) -> float:
 def serve(
     model: Annotated[
         str, typer.Option(help="models:/NAME@ALIAS (followed when it moves), models:/NAME/VERSION or models:/m-ID")
-    ] = "models:/crism-instruct-pix2pix@champion",
+    ] = CHAMPION_URI,
     host: Annotated[str, typer.Option(help="the address to listen on; any but a loopback one needs a token")] = (
         "127.0.0.1"
     ),

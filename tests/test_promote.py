@@ -16,8 +16,9 @@ from trackers import logged_trial
 
 from crism_mlops.config import PromotionConfig
 from crism_mlops.errors import PromotionError, TrackingAwayError, TrackingError
+from crism_mlops.registry import MODEL_NAME
 from crism_mlops.registry import promote as promote_module
-from crism_mlops.registry.candidates import MODEL_NAME, best, model_name, named
+from crism_mlops.registry.candidates import best, model_name, named
 from crism_mlops.registry.gates import AGAINST_CHAMPION
 from crism_mlops.registry.moves import CHAMPION, attempts, history, move, who
 from crism_mlops.registry.promote import Promotion, promote

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from crism_mlops.config import Variant, error_sign
 from crism_mlops.dataset.variants import VARIANT_BANDS, cassis_can_give
 from crism_mlops.errors import PromotionError
+from crism_mlops.registry import MODEL_NAME
 from crism_mlops.reports.record import TOKEN_TAG
 from crism_mlops.tracking import INFEASIBLE, REPEAT_OF, RunInfo, contenders
 
-NAMES = {"instruct_pix2pix": "crism-instruct-pix2pix", "unet": "crism-unet"}
-MODEL_NAME = NAMES["instruct_pix2pix"]
+NAMES = {"instruct_pix2pix": MODEL_NAME, "unet": "crism-unet"}
 # Params of a study's run that must be alike where trials of several studies are compared.
 _GROUNDS = ("objective", "scenes_digest", "data.target", "data.target_normalization")
 _KINDS = {"instruct_pix2pix": "InstructPix2Pix", "unet": "U-Net"}
